@@ -1,0 +1,632 @@
+package transport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"reflect"
+	"sync"
+	"time"
+	"unicode/utf8"
+
+	"github.com/canonical/lxd/shared/api"
+	"github.com/gorilla/websocket"
+)
+
+// One command's life: request, sockets, end, verdict.
+//
+// The goroutine that runs it waits for the operation; each socket has a goroutine of its own, so that a slow stdout cannot
+// hold stderr or the control socket. Nothing waits for a context or a timer: they act by cutting what the goroutines wait for.
+
+const (
+	// killGrace is how long after KILL the host has to report the end, before Exec returns without it.
+	killGrace = 3 * time.Second
+
+	// writeGrace is how long, after everything was cut, a Write of the caller's may go on.
+	writeGrace = time.Second
+
+	// maxTail is the most output that is taken after the command's end once WaitDelay has passed: more than pipes and sockets
+	// hold, so that what comes after it is from a process that the command left behind.
+	maxTail = 16 << 20
+
+	// maxArgument is the most bytes of one argument or KEY=VALUE that Linux passes on, MAX_ARG_STRLEN without the NUL.
+	maxArgument = 128<<10 - 1
+)
+
+// Exec runs a command in the instance. See [Transport].
+func (t *LXD) Exec(ctx context.Context, cmd Command) error {
+	e, err := t.start(ctx, cmd)
+	if err != nil {
+		return err
+	}
+	return e.run()
+}
+
+// Start runs a command in the instance, in the background. See [Starter].
+func (t *LXD) Start(ctx context.Context, cmd Command) (Process, error) {
+	e, err := t.start(ctx, cmd)
+	if err != nil {
+		return nil, err
+	}
+	p := &process{e: e, done: make(chan struct{})}
+	go func() { // ends with the command
+		defer close(p.done)
+		p.err = e.run()
+	}()
+	return p, nil
+}
+
+// process is a [Process].
+type process struct {
+	e    *execution
+	done chan struct{} // closed when err is set
+	err  error
+}
+
+func (p *process) Wait() error {
+	<-p.done
+	return p.err
+}
+
+func (p *process) Signal(sig Signal) error {
+	number, err := signalNumber(sig)
+	if err != nil {
+		return fmt.Errorf("transport: signal to a command on %q: %w", p.e.t.instance, err)
+	}
+	return p.e.tell("signal to", func(c *control) error { return c.signal(number) })
+}
+
+func (p *process) Resize(size TerminalSize) error {
+	if p.e.cmd.TTY == nil {
+		return fmt.Errorf("transport: resize of a command on %q: it has no terminal (Command.TTY)", p.e.t.instance)
+	}
+	return p.e.tell("resize of", func(c *control) error { return c.resize(size) })
+}
+
+// execution is a command that is running.
+type execution struct {
+	t      *LXD
+	cmd    Command
+	caller context.Context // the caller's
+	ctx    context.Context // ends with it, with Close, and with an error of the caller's reader or writers
+	cancel context.CancelCauseFunc
+	end    func() // gives back what start took
+	id     string // of the operation
+
+	conns   []*websocket.Conn // set before the goroutines start, as are the next three
+	control *control          // nil if the command ended before it was connected
+	outputs []*output
+	stderr  *edges // what ExitError.Stderr will have, or nil
+
+	asking  context.Context // bounds the wait for the operation
+	giveUp  context.CancelFunc
+	done    chan struct{}  // closed when the verdict is being made
+	drained chan struct{}  // closed when all outputs have ended
+	cutoff  chan struct{}  // closed when a Write that has not returned is left alone
+	readers sync.WaitGroup // the goroutines of outputs and control
+	steps   sync.WaitGroup // callbacks that are under way: interrupt, kill, lookAfter, cutOff
+
+	mu          sync.Mutex // guards what follows
+	undrained   int
+	finished    bool            // callbacks do nothing any more
+	exited      time.Time       // when the end of the command's process was seen
+	spent       []time.Duration // by the outputs in Writes, as of exited
+	received    []int64         // by the outputs, as of exited
+	interrupted bool            // a signal was sent because ctx had ended
+	killed      bool            // KILL, too
+	cut         bool            // outputs were cut on purpose
+	next        *time.Timer     // the next step after interrupt
+	drain       *time.Timer     // looks after outputs that do not end
+	copyErr     error           // the first
+}
+
+// start requests the command and connects its sockets.
+func (t *LXD) start(caller context.Context, cmd Command) (_ *execution, err error) {
+	e := &execution{t: t, cmd: cmd, caller: caller}
+	defer func() {
+		if err != nil {
+			err = e.wrap(err)
+			if e.end != nil {
+				e.end()
+			}
+		}
+	}()
+	if err := cmd.Validate(); err != nil {
+		return nil, notStarted(err)
+	}
+	if err := checkFits(cmd); err != nil {
+		return nil, notStarted(err)
+	}
+	ctx, end, err := t.begin(caller)
+	if err != nil {
+		return nil, notStarted(err)
+	}
+	e.end = end
+	e.ctx, e.cancel = context.WithCancelCause(ctx)
+	if e.ctx.Err() != nil {
+		return nil, notStarted(context.Cause(e.ctx))
+	}
+	if err := acquire(e.ctx, t.execs); err != nil {
+		return nil, notStarted(err)
+	}
+	e.end = func() { release(t.execs); end() }
+	if err := acquire(e.ctx, t.starts); err != nil {
+		return nil, notStarted(err)
+	}
+	defer release(t.starts)
+
+	// LXD runs a command whose directory does not exist in "/", without a word. The question goes beside the request.
+	dir := make(chan error, 1)
+	if cmd.Dir != "" {
+		go func() { dir <- t.checkDir(e.ctx, cmd.Dir) }() // waited for below
+	} else {
+		dir <- nil
+	}
+	secrets, err := e.request()
+	if dirErr := <-dir; err == nil {
+		err = dirErr
+	}
+	if err != nil {
+		// Whatever became of the request: without its sockets no command is started.
+		return nil, notStarted(err)
+	}
+	if err := e.connect(secrets); err != nil {
+		return nil, err
+	}
+	t.log.Debug("command started", "operation", e.id)
+	return e, nil
+}
+
+// checkFits refuses what LXD would not pass on as it is: its JSON carries nothing but UTF-8, and too long an argument fails in the
+// server's helper process with a sentence that does not say which one it was.
+func checkFits(cmd Command) error {
+	for i, a := range cmd.Args {
+		if err := fits(a, len(a)); err != nil {
+			return fmt.Errorf("Command.Args[%d] %w", i, err)
+		}
+	}
+	for name, value := range cmd.Env {
+		if err := fits(name+value, len(name)+len("=")+len(value)); err != nil {
+			return fmt.Errorf("Command.Env: %q with its value %w", name, err)
+		}
+	}
+	if err := fits(cmd.Dir, len(cmd.Dir)); err != nil {
+		return fmt.Errorf("Command.Dir %w", err)
+	}
+	return nil
+}
+
+func fits(s string, n int) error {
+	if n > maxArgument {
+		return fmt.Errorf("has %d bytes, Linux passes at most %d on; send it over Stdin or upload it", n, maxArgument)
+	}
+	if !utf8.ValidString(s) {
+		return errors.New("is not valid UTF-8, and LXD passes on nothing else; send it over Stdin or upload it")
+	}
+	return nil
+}
+
+func notStarted(err error) error {
+	if errors.Is(err, ErrNotStarted) {
+		return err
+	}
+	return &causes{text: err.Error() + " (the command was not started)", errs: []error{ErrNotStarted, err}}
+}
+
+// wrap adds what was being done.
+func (e *execution) wrap(err error) error {
+	return fmt.Errorf("transport: exec on %q: %w", e.t.instance, err)
+}
+
+// request asks for the command and returns the secrets of its sockets.
+func (e *execution) request() (map[string]string, error) {
+	cmd := e.cmd
+	post := api.InstanceExecPost{
+		Command:     cmd.Args,
+		WaitForWS:   true,
+		Interactive: cmd.TTY != nil,
+		Environment: cmd.Env,
+		Cwd:         cmd.Dir,
+	}
+	if cmd.User != nil {
+		post.User, post.Group = cmd.User.UID, cmd.User.GID
+	}
+	if tty := cmd.TTY; tty != nil {
+		post.Width, post.Height = int(tty.Size.Cols), int(tty.Size.Rows)
+		term := tty.Term
+		if term == "" {
+			term = "xterm"
+		}
+		post.Environment = map[string]string{"TERM": term}
+		for name, value := range cmd.Env {
+			post.Environment[name] = value
+		}
+	}
+	var op operation
+	if err := e.t.rest.call(e.ctx, http.MethodPost, e.t.path("/exec"), e.t.query(), post, &op); err != nil {
+		if e.ctx.Err() != nil {
+			return nil, context.Cause(e.ctx)
+		}
+		return nil, e.t.explain(e.ctx, err)
+	}
+	e.id = op.ID
+	secrets := op.Metadata.FDs
+	if e.id == "" {
+		return nil, errors.New("the server's answer has no operation")
+	}
+	for _, name := range e.sockets() {
+		if secrets[name] == "" {
+			return nil, fmt.Errorf("the server's answer has no secret for socket %q", name)
+		}
+	}
+	return secrets, nil
+}
+
+// sockets names those of the command, the control socket last.
+func (e *execution) sockets() []string {
+	if e.cmd.TTY != nil {
+		return []string{"0", "control"}
+	}
+	return []string{"0", "1", "2", "control"}
+}
+
+// connect connects all sockets at once and starts their goroutines. LXD starts the command when the last socket but control
+// is there; with a terminal it waits for control, too.
+func (e *execution) connect(secrets map[string]string) error {
+	ctx, cancel := context.WithTimeout(e.ctx, connectTimeout)
+	defer cancel()
+	type result struct {
+		name string
+		conn *websocket.Conn
+		err  error
+	}
+	names := e.sockets()
+	results := make(chan result, len(names))
+	for _, name := range names {
+		go func() { // waited for below
+			conn, err := e.t.rest.dial(ctx, e.id, secrets[name])
+			results <- result{name, conn, err}
+		}()
+	}
+	conns := make(map[string]*websocket.Conn, len(names))
+	failed := map[string]error{}
+	var first error
+	for range names {
+		r := <-results
+		if r.err == nil {
+			conns[r.name] = r.conn
+			e.conns = append(e.conns, r.conn)
+			continue
+		}
+		failed[r.name] = r.err
+		if first == nil {
+			first = r.err
+		}
+		if e.needed(r.name) {
+			cancel() // the others are of no use any more
+		}
+	}
+	for name, err := range failed {
+		// A command that has ended before its control socket was connected is no failure; neither is one that goes on without:
+		// it is killed by closing its stdout then. But a socket of which it is not known whether the server has it is one.
+		if d, ok := errors.AsType[*dialError](err); e.needed(name) || !ok || !d.refused {
+			e.closeAll()
+			return e.notConnected(failed, first)
+		}
+	}
+	e.serve(conns)
+	return nil
+}
+
+// serve starts the goroutines of the sockets.
+func (e *execution) serve(conns map[string]*websocket.Conn) {
+	e.done, e.drained, e.cutoff = make(chan struct{}), make(chan struct{}), make(chan struct{})
+	e.asking, e.giveUp = context.WithCancel(context.WithoutCancel(e.caller))
+	cmd := e.cmd
+	output := func(name, socket string, w io.Writer, turn *sync.Mutex) {
+		o := &output{name: name, w: w, turn: turn, conn: conns[socket], fail: e.fail}
+		e.outputs = append(e.outputs, o)
+	}
+	if cmd.TTY != nil {
+		output("terminal", "0", cmd.Stdout, new(sync.Mutex))
+	} else {
+		stdout, stderr := new(sync.Mutex), new(sync.Mutex)
+		if same(cmd.Stdout, cmd.Stderr) {
+			stderr = stdout
+		}
+		output("stdout", "1", cmd.Stdout, stdout)
+		if cmd.Stderr != nil {
+			output("stderr", "2", cmd.Stderr, stderr)
+		} else {
+			e.stderr = new(edges)
+			output("stderr", "2", e.stderr, stderr)
+		}
+	}
+	e.undrained = len(e.outputs)
+	for _, o := range e.outputs {
+		e.readers.Go(func() {
+			o.run()
+			if cmd.TTY != nil {
+				// LXD keeps the operation running until we have said that we have seen the end.
+				o.conn.WriteControl(websocket.CloseMessage, nil, time.Now().Add(controlTimeout))
+			}
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			if e.undrained--; e.undrained == 0 {
+				close(e.drained)
+			}
+		})
+	}
+	if conn := conns["control"]; conn != nil {
+		e.control = &control{conn: conn}
+		e.readers.Go(func() { e.control.run(); e.exit() })
+	}
+	in := &input{r: cmd.Stdin, tty: cmd.TTY != nil, conn: conns["0"], done: e.done, fail: e.fail}
+	if in.r == nil {
+		in.run()
+	} else {
+		go in.run() // ends with the command, unless Stdin.Read does not return
+	}
+}
+
+// needed reports whether the command does not start without a socket.
+func (e *execution) needed(socket string) bool { return socket != "control" || e.cmd.TTY != nil }
+
+// notConnected makes the error of a command of which not all sockets could be connected, all others being closed.
+func (e *execution) notConnected(failed map[string]error, first error) error {
+	if e.ctx.Err() != nil {
+		first = context.Cause(e.ctx)
+	}
+	for name, err := range failed {
+		if d, ok := errors.AsType[*dialError](err); ok && d.refused && e.needed(name) {
+			if e.ctx.Err() == nil {
+				first = err
+			}
+			return notStarted(e.t.explain(e.ctx, first))
+		}
+	}
+	// All sockets may have been connected as the server sees it. Then the command has run, and was killed when we closed
+	// control. LXD tells, at the latest when it has waited for the sockets in vain.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(e.ctx), connectTimeout+killGrace)
+	stop := context.AfterFunc(e.ctx, func() { time.AfterFunc(killGrace, cancel) })
+	defer stop()
+	defer cancel()
+	f := e.t.waitOperation(ctx, e.id, func() bool { return false })
+	switch {
+	case f.notStarted():
+		return notStarted(fmt.Errorf("the sockets could not all be connected: %w", first))
+	case f.exited && f.code != 0:
+		return &causes{errs: []error{&ExitError{Code: f.code}, ErrOutputLost, first},
+			text: fmt.Sprintf("the sockets could not all be connected, and yet the command ran, and ended with status %d: %v", f.code, first)}
+	case f.exited:
+		return &causes{errs: []error{ErrOutputLost, first},
+			text: fmt.Sprintf("the sockets could not all be connected, and yet the command ran, and ended with status 0, its output is lost: %v", first)}
+	}
+	return fmt.Errorf("the sockets could not all be connected, and it is not known whether the command ran: %w", first)
+}
+
+// same reports whether two writers are the same value. Values that cannot be compared are not.
+func same(a, b io.Writer) bool {
+	return a != nil && b != nil && reflect.TypeOf(a).Comparable() && reflect.TypeOf(b).Comparable() && comparableEqual(a, b)
+}
+
+// comparableEqual survives interfaces inside of comparable structs that hold what cannot be compared.
+func comparableEqual(a, b any) bool {
+	defer func() { _ = recover() }()
+	return a == b
+}
+
+// run waits for the command and returns the verdict.
+func (e *execution) run() error {
+	defer e.end()
+	stop := context.AfterFunc(e.ctx, e.interrupt)
+	f := e.t.waitOperation(e.asking, e.id, e.linked)
+	e.exit()
+	select {
+	case <-e.drained:
+	case <-e.cutoff:
+	}
+	stop()
+	e.finish()
+	err := e.verdict(f)
+	code, _ := ExitCode(err)
+	e.t.log.Debug("command ended", "operation", e.id, "status", code, "lost", errors.Is(err, ErrOutputLost), "interrupted", e.interrupted)
+	return err
+}
+
+// linked reports whether the link to the command still stands, as far as its sockets tell.
+func (e *execution) linked() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.exited.IsZero()
+}
+
+// finish stops what is under way. When it returns, no goroutine is left but those in a Read or Write of the caller's that does not
+// return, and they will call neither again.
+func (e *execution) finish() {
+	e.mu.Lock()
+	e.finished = true
+	for _, t := range []*time.Timer{e.next, e.drain} {
+		if t != nil {
+			t.Stop()
+		}
+	}
+	e.mu.Unlock()
+	close(e.done)
+	e.giveUp()
+	e.closeAll()
+	e.steps.Wait()
+	stuck := false
+	for _, o := range e.outputs {
+		stuck = o.detach() || stuck
+	}
+	if !stuck {
+		e.readers.Wait()
+	}
+}
+
+// step runs f unless the command has finished, for finish to wait for.
+func (e *execution) step(f func()) {
+	e.mu.Lock()
+	if e.finished {
+		e.mu.Unlock()
+		return
+	}
+	e.steps.Add(1)
+	e.mu.Unlock()
+	defer e.steps.Done()
+	f()
+}
+
+// tell sends something on the control socket for the caller.
+func (e *execution) tell(what string, send func(*control) error) error {
+	err := os.ErrProcessDone
+	e.step(func() {
+		e.mu.Lock()
+		gone := !e.exited.IsZero() || e.control == nil
+		e.mu.Unlock()
+		if !gone {
+			err = send(e.control)
+		}
+	})
+	if err != nil {
+		return fmt.Errorf("transport: %s a command on %q: %w", what, e.t.instance, err)
+	}
+	return nil
+}
+
+// fail takes the first error of the caller's reader or writers and cancels the command.
+func (e *execution) fail(err error) {
+	e.mu.Lock()
+	if e.copyErr == nil {
+		e.copyErr = err
+	}
+	e.mu.Unlock()
+	e.cancel(err)
+}
+
+func (e *execution) waitDelay() time.Duration {
+	if e.cmd.WaitDelay == 0 {
+		return defaultWaitDelay
+	}
+	return e.cmd.WaitDelay
+}
+
+// exit notes that the command's process has ended, or that the link to it has. What its outputs still hold is waited for, but not
+// for ever: something that the command left behind may hold them open.
+func (e *execution) exit() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.finished || !e.exited.IsZero() {
+		return
+	}
+	e.exited = time.Now()
+	for _, o := range e.outputs {
+		spent, received, _ := o.progress()
+		e.spent = append(e.spent, spent)
+		e.received = append(e.received, received)
+	}
+	e.drain = time.AfterFunc(e.waitDelay(), e.lookAfter)
+}
+
+// lookAfter cuts the outputs when one of them has waited for the host for WaitDelay since the command's end. The time that the
+// caller's writer took does not count: what the command wrote before its end has to arrive whole, however slow that writer
+// is. A flood does: more than pipes and sockets can hold is not the command's.
+func (e *execution) lookAfter() {
+	e.step(func() {
+		e.mu.Lock()
+		since := time.Since(e.exited)
+		again := time.Duration(0)
+		for i, o := range e.outputs {
+			spent, received, ended := o.progress()
+			if ended {
+				continue
+			}
+			waited := since - (spent - e.spent[i])
+			if waited >= e.waitDelay() || received-e.received[i] > maxTail {
+				e.mu.Unlock()
+				e.cutOff()
+				return
+			}
+			again = max(again, e.waitDelay()-waited, 10*time.Millisecond)
+		}
+		if again > 0 {
+			e.drain.Reset(again)
+		} else {
+			// All output is there, but the operation has not ended.
+			e.drain = time.AfterFunc(killGrace, e.cutOff)
+		}
+		e.mu.Unlock()
+	})
+}
+
+// interrupt is called when ctx has ended.
+func (e *execution) interrupt() {
+	e.step(func() {
+		e.mu.Lock()
+		if !e.exited.IsZero() {
+			e.next = time.AfterFunc(e.waitDelay(), e.cutOff)
+			e.mu.Unlock()
+			return
+		}
+		e.interrupted = true
+		e.next = time.AfterFunc(e.waitDelay(), e.kill)
+		e.mu.Unlock()
+
+		sig := e.cmd.CancelSignal
+		if sig == "" {
+			sig = SIGTERM
+		}
+		number, _ := signalNumber(sig) // Validate has seen it
+		if sig == SIGKILL || e.control == nil || e.control.signal(number) != nil {
+			e.kill()
+		}
+	})
+}
+
+// kill ends the command's process in both ways that LXD knows.
+func (e *execution) kill() {
+	e.step(func() {
+		e.mu.Lock()
+		if e.killed {
+			e.mu.Unlock()
+			return
+		}
+		e.killed = true
+		e.next.Stop()
+		e.next = time.AfterFunc(killGrace, e.cutOff)
+		e.mu.Unlock()
+		if e.control == nil {
+			// Without a control socket LXD takes the end of stdout's for the end of the client.
+			abort(e.outputs[0].conn)
+			return
+		}
+		e.control.signal(signals[SIGKILL])
+		abort(e.control.conn)
+	})
+}
+
+// cutOff ends the wait for the outputs and for the operation.
+func (e *execution) cutOff() {
+	e.step(func() {
+		e.mu.Lock()
+		first := !e.cut
+		e.cut = true
+		e.mu.Unlock()
+		if !first {
+			return
+		}
+		e.closeAll()
+		e.giveUp()
+		time.AfterFunc(writeGrace, func() { close(e.cutoff) })
+	})
+}
+
+func (e *execution) closeAll() {
+	for _, conn := range e.conns {
+		abort(conn)
+	}
+}

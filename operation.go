@@ -1,0 +1,138 @@
+package transport
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// operation is what we need of an LXD operation.
+type operation struct {
+	ID         string `json:"id"`
+	StatusCode int    `json:"status_code"`
+	Err        string `json:"err"`
+	Metadata   struct {
+		FDs    map[string]string `json:"fds"`
+		Return json.RawMessage   `json:"return"` // decoded by hand: what is not a status must not spoil the rest
+	} `json:"metadata"`
+}
+
+// final reports whether the operation has ended: Success, Failure or Cancelled.
+func (op *operation) final() bool { return op.StatusCode >= 200 }
+
+// fate is what is known of a command.
+type fate struct {
+	exited bool // it ran and ended, with this status
+	code   int
+	text   string // what LXD says of an operation that failed otherwise
+	err    error  // why nothing is known, else
+}
+
+// fate tells a final operation's. A command that exited with 126 or 127 is a failed operation with a status.
+func (op *operation) fate() fate {
+	code, err := strconv.Atoi(string(op.Metadata.Return))
+	if err == nil && code >= 0 && code <= 255 {
+		return fate{exited: true, code: code}
+	}
+	return fate{text: op.Err}
+}
+
+// notStarted reports whether it is certain that the command did not start. LXD tells that in words only.
+func (f fate) notStarted() bool {
+	if f.exited || f.err != nil {
+		return false
+	}
+	for _, s := range []string{
+		"Timed out waiting for websockets to connect",
+		"argument list too long",         // of the server's helper
+		"PID of executing child process", // "Failed to retrieve", "Failed retrieving": the helper did not get so far
+		"agent isn't currently running",  // of a virtual machine
+		"agent is not currently running", // newer
+	} {
+		if strings.Contains(f.text, s) {
+			return true
+		}
+	}
+	return false
+}
+
+const (
+	// askEvery is the longest that one request waits for an operation: below the minute after which proxies commonly cut a
+	// silent connection.
+	askEvery = 45 * time.Second
+	// askSlack is how much longer its answer may take.
+	askSlack = 15 * time.Second
+	// askPause is between requests when they fail at once.
+	askPause = 250 * time.Millisecond
+
+	// forgetAfter is how long LXD remembers an operation that has ended. When the link to a command has ended there is no
+	// point in asking for longer.
+	forgetAfter = 5 * time.Second
+	// deafAfter is how long requests may fail while the command's own sockets stand.
+	deafAfter = time.Minute
+)
+
+var errGone = errors.New("LXD does not know the operation any more: it was restarted, or asked more than 5 s after the command's end")
+
+// waitOperation waits until an operation ends, or ctx does. The answer comes in several forms: the operation; an error body
+// with status 200 or another for an operation that failed, or that has not ended in the time asked for. An error is therefore
+// followed by a plain question.
+func (t *LXD) waitOperation(ctx context.Context, id string, linked func() bool) fate {
+	path := "/1.0/operations/" + url.PathEscape(id)
+	wait := url.Values{"timeout": {strconv.Itoa(int(askEvery / time.Second))}}
+	var failing time.Time // since when no answer has come
+	for {
+		asked := time.Now()
+		op, err := t.getOperation(ctx, path+"/wait", wait, askEvery+askSlack)
+		if no := (*apiError)(nil); errors.As(err, &no) {
+			op, err = t.getOperation(ctx, path, nil, askSlack)
+			if errors.As(err, &no) && no.code == http.StatusNotFound {
+				return fate{err: errGone}
+			}
+		}
+		switch {
+		case err == nil && op.final():
+			return op.fate()
+		case ctx.Err() != nil:
+			return fate{err: context.Cause(ctx)}
+		case err == nil:
+			failing = time.Time{}
+		default:
+			if failing.IsZero() {
+				failing = time.Now()
+			}
+			patience := deafAfter
+			if !linked() {
+				patience = forgetAfter
+			}
+			if time.Since(failing) >= patience {
+				return fate{err: t.explain(ctx, err)}
+			}
+		}
+		if time.Since(asked) < askPause {
+			pause(ctx, askPause)
+		}
+	}
+}
+
+func (t *LXD) getOperation(ctx context.Context, path string, query url.Values, most time.Duration) (*operation, error) {
+	ctx, cancel := context.WithTimeout(ctx, most)
+	defer cancel()
+	var op operation
+	if err := t.rest.call(ctx, http.MethodGet, path, query, nil, &op); err != nil {
+		return nil, err
+	}
+	return &op, nil
+}
+
+// pause waits for d or the end of ctx.
+func pause(ctx context.Context, d time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, d)
+	defer cancel()
+	<-ctx.Done()
+}

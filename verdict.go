@@ -1,0 +1,107 @@
+package transport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// verdict makes the result of a command of all that is known, the first cause first: the command's own status, then the end of
+// ctx, then what came of both: output that was cut, errors of the caller's reader and writers.
+func (e *execution) verdict(f fate) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	var errs []error
+	if f.exited && f.code != 0 {
+		exit := &ExitError{Code: f.code}
+		if e.stderr != nil {
+			exit.Stderr = e.stderr.Bytes()
+		}
+		errs = append(errs, exit)
+	}
+	if cause := context.Cause(e.ctx); cause != nil && cause != e.copyErr && (e.interrupted || e.cut) {
+		errs = append(errs, cause)
+	}
+	switch {
+	case f.exited:
+	case f.notStarted():
+		return e.wrap(errors.Join(append(errs, notStarted(fmt.Errorf("LXD could not start it: %s", quoted(f.text))))...))
+	default:
+		errs = append(errs, e.unknown(f))
+	}
+	var lost []string
+	for _, o := range e.outputs {
+		if !o.whole {
+			lost = append(lost, fmt.Sprintf("%s after %d bytes", o.name, o.received))
+		}
+	}
+	if lost != nil {
+		why := "the connection broke off"
+		if e.cut {
+			why = "the wait for its end was given up"
+		}
+		errs = append(errs, fmt.Errorf("%w: %s: %s", ErrOutputLost, strings.Join(lost, " and "), why))
+	}
+	if e.copyErr != nil {
+		errs = append(errs, e.copyErr)
+	}
+	if len(errs) == 0 {
+		return nil
+	}
+	if exit, ok := errs[0].(*ExitError); ok && len(errs) == 1 {
+		return exit
+	}
+	texts := make([]string, len(errs))
+	for i, err := range errs {
+		texts[i] = strings.TrimPrefix(err.Error(), "transport: ")
+	}
+	return e.wrap(&causes{text: strings.Join(texts, "; "), errs: slices.Clip(errs)})
+}
+
+// unknown says what is known of a command whose status is not.
+func (e *execution) unknown(f fate) error {
+	switch {
+	case f.err == nil:
+		return fmt.Errorf("the command's status is not known; LXD says: %s", quoted(f.text))
+	case e.cut && e.killed:
+		return fmt.Errorf("LXD has not confirmed the end of the command within %v after KILL; it, or what it left behind, may still run", killGrace)
+	case e.cut:
+		return errors.New("the command has ended, but LXD keeps its status back, as some versions do until the last process that holds the command's output has ended; redirect what is to run on")
+	}
+	return fmt.Errorf("the command's status is not known, it may still run: %w", f.err)
+}
+
+// edges keeps the first and the last of what is written to it.
+type edges struct {
+	head, tail []byte
+	omitted    int64
+}
+
+const edge = 32 << 10
+
+func (b *edges) Write(p []byte) (int, error) {
+	n := len(p)
+	fits := min(edge-len(b.head), n)
+	b.head = append(b.head, p[:fits]...)
+	b.tail = append(b.tail, p[fits:]...)
+	if over := len(b.tail) - edge; over > edge {
+		b.omitted += int64(over)
+		b.tail = append(b.tail[:0], b.tail[over:]...)
+	}
+	return n, nil
+}
+
+// Bytes returns what was kept, with a line in the place of what was not.
+func (b *edges) Bytes() []byte {
+	tail, omitted := b.tail, b.omitted
+	if over := len(tail) - edge; over > 0 {
+		tail, omitted = tail[over:], omitted+int64(over)
+	}
+	out := slices.Clone(b.head)
+	if omitted > 0 {
+		out = fmt.Appendf(out, "\n... omitting %d bytes ...\n", omitted)
+	}
+	return append(out, tail...)
+}

@@ -1,0 +1,322 @@
+package transport
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/gorilla/websocket"
+)
+
+// One operation socket as an io.Reader or io.Writer. What LXD does with them is in docs/protocol.md: output comes in
+// BINARY messages and ends with an empty TEXT message, then the connection is cut, without a close frame; input
+// goes in BINARY messages and ends with a TEXT message.
+
+const (
+	// connectTimeout bounds the connection of a socket. LXD itself waits 5 s, since 6.9 10 s.
+	connectTimeout = 10 * time.Second
+
+	// stdinMessage is the size of an input message. LXD 5.0 reads a message whole before it passes it on; 64 KiB were measured
+	// to be fastest there, half or twice as much slower.
+	stdinMessage = 64 << 10
+
+	// maxFrameHeader is the longest header of a client's frame: the write buffer has to hold it besides the message, or the
+	// message is cut into frames.
+	maxFrameHeader = 2 + 8 + 4
+
+	// readBuffer holds headers of frames; what follows is read into a buffer that is only held while there is
+	// something to read, so that a silent command costs no memory.
+	readBuffer = 1 << 10
+)
+
+// chunks are buffers for output and input in transit.
+var chunks = sync.Pool{New: func() any { return new([stdinMessage]byte) }}
+
+// dialError says why a socket was not connected.
+type dialError struct {
+	refused bool // for certain: the server has not connected it either
+	err     error
+}
+
+func (e *dialError) Error() string { return e.err.Error() }
+func (e *dialError) Unwrap() error { return e.err }
+
+// dial connects one socket of an operation, once: LXD takes a second connection with the same secret for another one,
+// and some versions never start the command then.
+func (r *restClient) dial(ctx context.Context, operation, secret string) (*websocket.Conn, error) {
+	header, err := r.header(ctx)
+	if err != nil {
+		return nil, &dialError{refused: true, err: err}
+	}
+	// The dialer obeys a context's end only until the connection stands, and then its deadline: the connection itself
+	// has to be told. sent says whether the server can have got the request.
+	var mu sync.Mutex
+	var sent bool
+	var conn net.Conn
+	secure := strings.HasPrefix(r.base, "https:") && r.dialer.NetDialTLSContext == nil
+	trace := &httptrace.ClientTrace{
+		GotConn: func(info httptrace.GotConnInfo) {
+			mu.Lock()
+			defer mu.Unlock()
+			conn, sent = info.Conn, !secure
+			if ctx.Err() != nil {
+				conn.Close()
+			}
+		},
+	}
+	if secure {
+		trace.TLSHandshakeDone = func(_ tls.ConnectionState, err error) {
+			mu.Lock()
+			defer mu.Unlock()
+			sent = err == nil
+		}
+	}
+	stop := context.AfterFunc(ctx, func() {
+		mu.Lock()
+		defer mu.Unlock()
+		if conn != nil {
+			conn.Close()
+		}
+	})
+	u := "ws" + strings.TrimPrefix(r.base, "http") + "/1.0/operations/" + url.PathEscape(operation) + "/websocket?secret=" + url.QueryEscape(secret)
+	ws, resp, err := r.dialer.DialContext(httptrace.WithClientTrace(ctx, trace), u, header)
+	if !stop() && err == nil {
+		// Closed behind the dialer's back, after the server had answered.
+		ws.Close()
+		return nil, &dialError{err: context.Cause(ctx)}
+	}
+	if err == nil {
+		// LXD's pings need no answer, and one on a socket that it does not read could destroy output: unread input makes the
+		// kernel reset the connection, and what is under way to us is thrown away.
+		ws.SetPingHandler(func(string) error { return nil })
+		ws.SetCloseHandler(func(int, string) error { return nil })
+		return ws, nil
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if resp != nil {
+		return nil, &dialError{refused: true, err: decodeRefusal(resp)}
+	}
+	if ctx.Err() != nil {
+		err = context.Cause(ctx)
+	}
+	return nil, &dialError{refused: !sent, err: r.explainDial(err)}
+}
+
+// decodeRefusal makes an error of an answer to a dial that is not 101.
+func decodeRefusal(resp *http.Response) error {
+	if err := decode(resp, nil); err != nil {
+		return err
+	}
+	return &apiError{code: resp.StatusCode}
+}
+
+// output is one socket that delivers output.
+type output struct {
+	name string // stdout, stderr or terminal
+	w    io.Writer
+	turn *sync.Mutex // held during a Write; shared by two outputs with the same writer
+
+	conn *websocket.Conn // set before run
+	fail func(error)     // told the first error of w
+
+	mu       sync.Mutex // guards what follows
+	detached bool       // w must not be called again
+	busy     time.Time  // since when a Write has been under way or waited for its turn; zero: none
+	spent    time.Duration
+	received int64
+	writeErr error
+	whole    bool  // the end mark came
+	readErr  error // why it did not
+}
+
+// run copies until the stream ends. It returns before only if a Write does not return.
+func (o *output) run() {
+	err := o.copy()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.whole, o.readErr = err == nil, err
+}
+
+// copy returns nil when the end mark came. After an error of the writer it reads on and throws away.
+func (o *output) copy() error {
+	for {
+		kind, message, err := o.conn.NextReader()
+		if err != nil {
+			return err
+		}
+		if kind == websocket.TextMessage {
+			var one [1]byte
+			switch _, err := io.ReadFull(message, one[:]); err {
+			case io.EOF:
+				return nil
+			case nil:
+				return errors.New("the server sent a text message that is not empty")
+			default:
+				return err
+			}
+		}
+		if err := o.copyMessage(message); err != nil {
+			return err
+		}
+	}
+}
+
+func (o *output) copyMessage(message io.Reader) error {
+	chunk := chunks.Get().(*[stdinMessage]byte)
+	defer chunks.Put(chunk)
+	for {
+		n, err := io.ReadFull(message, chunk[:])
+		if n > 0 {
+			o.write(chunk[:n])
+		}
+		switch err {
+		case nil:
+		case io.EOF, io.ErrUnexpectedEOF:
+			return nil // the end of the message; if it was that of the connection, the next NextReader says so
+		default:
+			return err
+		}
+	}
+}
+
+// write hands p to the writer unless that has failed or is not to be called any more.
+func (o *output) write(p []byte) {
+	o.mu.Lock()
+	o.received += int64(len(p))
+	skip := o.w == nil || o.writeErr != nil || o.detached
+	if !skip {
+		o.busy = time.Now()
+	}
+	o.mu.Unlock()
+	if skip {
+		return
+	}
+
+	o.turn.Lock()
+	defer o.turn.Unlock()
+	o.mu.Lock()
+	skip = o.detached
+	o.mu.Unlock()
+	var n int
+	var err error
+	if !skip {
+		n, err = o.w.Write(p)
+		if err == nil && n < len(p) {
+			err = io.ErrShortWrite
+		}
+	}
+	o.mu.Lock()
+	o.spent += time.Since(o.busy)
+	o.busy = time.Time{}
+	o.writeErr = err
+	o.mu.Unlock()
+	if err != nil {
+		o.fail(&copyError{o.name, err})
+	}
+}
+
+// progress returns how long this output has been in Writes and how much it has received, all together, and whether it has
+// ended.
+func (o *output) progress() (spent time.Duration, received int64, ended bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	spent = o.spent
+	if !o.busy.IsZero() {
+		spent += time.Since(o.busy)
+	}
+	return spent, o.received, o.whole || o.readErr != nil
+}
+
+// detach makes sure that the writer is not called again. It reports whether it may still be in a Write.
+func (o *output) detach() (stuck bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.detached = true
+	return !o.busy.IsZero()
+}
+
+// abort closes a socket as the server does: without a close frame, and without TLS's own farewell, which would be
+// a write to a socket that may not be written to, and waits on a dead link.
+func abort(ws *websocket.Conn) {
+	conn := ws.NetConn()
+	if c, ok := conn.(*tls.Conn); ok {
+		conn = c.NetConn()
+	}
+	conn.Close()
+}
+
+// copyError is an error of one of the caller's readers or writers.
+type copyError struct {
+	stream string
+	err    error
+}
+
+func (e *copyError) Error() string { return fmt.Sprintf("%s: %v", e.stream, e.err) }
+func (e *copyError) Unwrap() error { return e.err }
+
+// input is the socket that takes input.
+type input struct {
+	r    io.Reader // nil: empty
+	tty  bool
+	conn *websocket.Conn // set before run
+	done <-chan struct{} // closed when the command has ended
+	fail func(error)     // told an error of r
+}
+
+// run copies until r or the connection ends. It outlives the command only in a Read that does not return.
+func (in *input) run() {
+	newline := true // nothing, or a line, stands before the end
+	if in.r != nil {
+		// The first buffer is small: most inputs are short, or silent for long.
+		chunk := make([]byte, 4<<10)
+		for {
+			n, err := in.r.Read(chunk)
+			select {
+			case <-in.done:
+				return
+			default:
+			}
+			if n > 0 {
+				if in.conn.WriteMessage(websocket.BinaryMessage, chunk[:n]) != nil {
+					return // the command has ended, or the link has, which the others see
+				}
+				newline = chunk[n-1] == '\n' || chunk[n-1] == '\r'
+			}
+			if err == io.EOF {
+				break
+			}
+			if err != nil {
+				in.fail(&copyError{"Stdin", err})
+				return
+			}
+			if n == len(chunk) && n < stdinMessage {
+				whole := chunks.Get().(*[stdinMessage]byte)
+				defer chunks.Put(whole)
+				chunk = whole[:]
+			}
+		}
+	}
+	if in.tty {
+		// A terminal's input ends by its end character, once at the beginning of a line and otherwise once more, for the first
+		// one ends the line.
+		mark := []byte{4, 4}
+		if newline {
+			mark = mark[:1]
+		}
+		in.conn.WriteMessage(websocket.BinaryMessage, mark)
+		return
+	}
+	// The socket has to stay open and may not be closed before the command has ended: LXD's next ping would meet a closed one,
+	// and input that it has not read by then would be lost.
+	in.conn.WriteMessage(websocket.TextMessage, nil)
+}
