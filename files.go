@@ -30,7 +30,8 @@ var errNoSFTP = errors.New("the server has no SFTP endpoint")
 //
 // The bytes go to a file named .transport-*.tmp in the destination's directory, which is renamed when it is complete, has its
 // size checked, and its owner, mode and time. If the link to the server dies just then, the file may have been replaced
-// although an error is returned. LXD 5.0 drops setuid and setgid: asked for, that is an error; of an old file they are lost.
+// although an error is returned. LXD 5.0 drops setuid, setgid and the
+// sticky bit: asked for, that is an error; of an old file they are lost.
 //
 // A server without an SFTP endpoint (LXD before 4.24) gets the bytes through its files endpoint, and the rest is done by
 // a command in the instance, which therefore has to run and to have /bin/sh, stat, chown, chmod, touch and mv.

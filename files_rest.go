@@ -39,7 +39,7 @@ func (t *LXD) script(ctx context.Context, script string, args ...string) (string
 	case scriptDirectory:
 		return "", fmt.Errorf("it is a directory: %w", syscall.EISDIR)
 	case scriptOther:
-		return "", fmt.Errorf("it is no regular file, only those are transferred: %w", fs.ErrInvalid)
+		return "", fmt.Errorf("it is no regular file, only regular files are transferred: %w", fs.ErrInvalid)
 	case scriptSize:
 		return "", fmt.Errorf("the file that arrived does not have the size of what was sent: %w", io.ErrShortWrite)
 	}
@@ -51,8 +51,8 @@ const scriptBefore = `
 if [ -d "$1" ] && [ ! -h "$1" ]; then exit 42; fi
 if [ -e "$1" ] && [ ! -f "$1" ] && [ ! -h "$1" ]; then exit 43; fi
 make() {
-	[ -d "$1" ] && return
-	make "$(dirname -- "$1")" && mkdir -m 755 -- "$1" && { [ -z "$2" ] || chown -- "$2" "$1"; }
+	[ -z "$1" ] || [ -d "$1" ] && return
+	make "${1%/*}" "$2" && mkdir -m 755 -- "$1" && { [ -z "$2" ] || chown -- "$2" "$1"; }
 }
 [ -d "$2" ] && exit 0
 [ "$3" = yes ] || exit 41
@@ -72,12 +72,13 @@ chmod -- "${mode:-644}" "$1"
 if [ -d "$2" ] && [ ! -h "$2" ]; then exit 42; fi
 exec mv -f -- "$1" "$2"`
 
-// about: $1 file. Prints size, mode, owner and time.
+// about: $1 file. Prints size, mode, owner and time, and the file that it is when links have been followed, which the files endpoint
+// does not do.
 const scriptAbout = `
 [ -e "$1" ] || exit 41
 [ ! -d "$1" ] || exit 42
 [ -f "$1" ] || exit 43
-exec stat -L -c '%s %a %u %g %Y' -- "$1"`
+stat -L -c '%s %a %u %g %Y' -- "$1" && exec readlink -f -- "$1"`
 
 func (t *LXD) uploadREST(ctx context.Context, dst string, in *source, opts *UploadOptions) error {
 	dir, owner, mode, modified := path.Dir(dst), "", "", ""
@@ -159,13 +160,12 @@ type sourceReader struct {
 func (r *sourceReader) Read(p []byte) (int, error) {
 	if len(r.rest) == 0 {
 		if r.last != nil {
+			r.report()
 			return 0, r.last
 		}
 		if r.buf != nil {
 			r.in.Free(r.buf)
-			if r.progress != nil {
-				r.progress(r.sent)
-			}
+			r.report()
 		}
 		r.buf, r.last = r.in.Next(r.ctx)
 		r.rest = r.buf
@@ -183,6 +183,12 @@ func (r *sourceReader) Read(p []byte) (int, error) {
 	return n, nil
 }
 
+func (r *sourceReader) report() {
+	if r.progress != nil {
+		r.progress(r.sent)
+	}
+}
+
 func (t *LXD) downloadREST(ctx context.Context, d *download) error {
 	about, err := t.script(ctx, scriptAbout, d.src)
 	if err != nil {
@@ -190,7 +196,8 @@ func (t *LXD) downloadREST(ctx context.Context, d *download) error {
 	}
 	var info fileInfo
 	var seconds int64
-	if _, err := fmt.Sscanf(strings.TrimSpace(about), "%d %o %d %d %d", &info.size, &info.mode, &info.owner.UID, &info.owner.GID, &seconds); err != nil {
+	about, real, _ := strings.Cut(about, "\n")
+	if _, err := fmt.Sscanf(about, "%d %o %d %d %d", &info.size, &info.mode, &info.owner.UID, &info.owner.GID, &seconds); err != nil {
 		return fmt.Errorf("stat in the instance printed %q: %w", quoted(about), err)
 	}
 	info.name, info.modified = path.Base(d.src), time.Unix(seconds, 0)
@@ -198,7 +205,7 @@ func (t *LXD) downloadREST(ctx context.Context, d *download) error {
 	if err != nil {
 		return err
 	}
-	req, err := t.rest.request(ctx, http.MethodGet, t.path("/files"), t.fileQuery(d.src), nil)
+	req, err := t.rest.request(ctx, http.MethodGet, t.path("/files"), t.fileQuery(strings.TrimSuffix(real, "\n")), nil)
 	if err != nil {
 		return err
 	}
