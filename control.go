@@ -45,8 +45,9 @@ func (c *control) resize(size TerminalSize) error {
 	}})
 }
 
-// run reads until the server closes the socket.
-func (c *control) run() {
+// run reads until the server closes the socket. LXD pings all sockets at the same time: ping is called when it does.
+func (c *control) run(ping func()) {
+	c.conn.SetPingHandler(func(string) error { ping(); return nil })
 	for {
 		if _, _, err := c.conn.NextReader(); err != nil {
 			return

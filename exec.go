@@ -25,6 +25,12 @@ const (
 	// killGrace is how long after KILL the host has to report the end, before Exec returns without it.
 	killGrace = 3 * time.Second
 
+	// statusGrace is how long after the outputs were cut the host has to report the status.
+	statusGrace = time.Second
+
+	// dirPatience bounds the question whether a working directory exists.
+	dirPatience = 2 * time.Second
+
 	// writeGrace is how long, after everything was cut, a Write of the caller's may go on.
 	writeGrace = time.Second
 
@@ -91,19 +97,20 @@ type execution struct {
 	t      *LXD
 	cmd    Command
 	caller context.Context // the caller's
-	ctx    context.Context // ends with it, with Close, and with an error of the caller's reader or writers
+	outer  context.Context // ends with it and with Close
+	ctx    context.Context // ends with that, and with an error of the caller's reader or writers
 	cancel context.CancelCauseFunc
 	end    func() // gives back what start took
 	id     string // of the operation
 
 	conns   []*websocket.Conn // set before the goroutines start, as are the next three
-	control *control          // nil if the command ended before it was connected
+	control *control
+	input   *input
 	outputs []*output
 	stderr  *edges // what ExitError.Stderr will have, or nil
 
 	asking  context.Context // bounds the wait for the operation
 	giveUp  context.CancelFunc
-	done    chan struct{}  // closed when the verdict is being made
 	drained chan struct{}  // closed when all outputs have ended
 	cutoff  chan struct{}  // closed when a Write that has not returned is left alone
 	readers sync.WaitGroup // the goroutines of outputs and control
@@ -111,16 +118,16 @@ type execution struct {
 
 	mu          sync.Mutex // guards what follows
 	undrained   int
-	finished    bool            // callbacks do nothing any more
-	exited      time.Time       // when the end of the command's process was seen
-	spent       []time.Duration // by the outputs in Writes, as of exited
-	received    []int64         // by the outputs, as of exited
-	interrupted bool            // a signal was sent because ctx had ended
-	killed      bool            // KILL, too
-	cut         bool            // outputs were cut on purpose
-	next        *time.Timer     // the next step after interrupt
-	drain       *time.Timer     // looks after outputs that do not end
-	copyErr     error           // the first
+	finished    bool        // callbacks do nothing any more
+	exited      time.Time   // when the end of the command's process was seen
+	then        []progress  // of the outputs, as of exited
+	interrupted bool        // a signal was sent because ctx had ended
+	killed      bool        // KILL, too
+	cut         bool        // outputs were cut on purpose
+	over        bool        // and the wait for the operation was given up
+	next        *time.Timer // the next step after interrupt
+	drain       *time.Timer // looks after outputs that do not end
+	copyErr     error       // the first
 }
 
 // start requests the command and connects its sockets.
@@ -134,18 +141,18 @@ func (t *LXD) start(caller context.Context, cmd Command) (_ *execution, err erro
 			}
 		}
 	}()
+	outer, end, err := t.begin(caller)
+	if err != nil {
+		return nil, notStarted(err)
+	}
+	e.end, e.outer = end, outer
 	if err := cmd.Validate(); err != nil {
 		return nil, notStarted(err)
 	}
 	if err := checkFits(cmd); err != nil {
 		return nil, notStarted(err)
 	}
-	ctx, end, err := t.begin(caller)
-	if err != nil {
-		return nil, notStarted(err)
-	}
-	e.end = end
-	e.ctx, e.cancel = context.WithCancelCause(ctx)
+	e.ctx, e.cancel = context.WithCancelCause(outer)
 	if e.ctx.Err() != nil {
 		return nil, notStarted(context.Cause(e.ctx))
 	}
@@ -168,6 +175,9 @@ func (t *LXD) start(caller context.Context, cmd Command) (_ *execution, err erro
 	secrets, err := e.request()
 	if dirErr := <-dir; err == nil {
 		err = dirErr
+	}
+	if e.ctx.Err() != nil {
+		err = context.Cause(e.ctx)
 	}
 	if err != nil {
 		// Whatever became of the request: without its sockets no command is started.
@@ -257,65 +267,63 @@ func (e *execution) request() (map[string]string, error) {
 	if e.id == "" {
 		return nil, errors.New("the server's answer has no operation")
 	}
-	for _, name := range e.sockets() {
-		if secrets[name] == "" {
-			return nil, fmt.Errorf("the server's answer has no secret for socket %q", name)
-		}
-	}
 	return secrets, nil
 }
 
-// sockets names those of the command, the control socket last.
-func (e *execution) sockets() []string {
-	if e.cmd.TTY != nil {
-		return []string{"0", "control"}
-	}
-	return []string{"0", "1", "2", "control"}
-}
-
-// connect connects all sockets at once and starts their goroutines. LXD starts the command when the last socket but control
-// is there; with a terminal it waits for control, too.
+// connect connects all sockets at once and starts their goroutines. LXD starts the command when the last socket but control is there.
+// Stdin's is asked for when control stands: a command that ended before would leave nobody to be told of, and LXD 5.0 dies of a
+// socket that is connected just when an operation ends.
 func (e *execution) connect(secrets map[string]string) error {
-	ctx, cancel := context.WithTimeout(e.ctx, connectTimeout)
+	ctx, cancel := within(e.ctx, connectTimeout)
 	defer cancel()
 	type result struct {
 		name string
 		conn *websocket.Conn
 		err  error
 	}
-	names := e.sockets()
+	names := []string{"control", "0", "1", "2"}
+	if e.cmd.TTY != nil {
+		names = names[:2]
+	}
 	results := make(chan result, len(names))
+	controlled := make(chan struct{})
 	for _, name := range names {
+		if secrets[name] == "" {
+			return notStarted(fmt.Errorf("the server's answer has no secret for socket %q", name))
+		}
 		go func() { // waited for below
-			conn, err := e.t.rest.dial(ctx, e.id, secrets[name])
+			var hold chan struct{}
+			if name == "0" {
+				hold = controlled
+			}
+			conn, err := e.t.rest.dial(ctx, e.id, secrets[name], hold)
 			results <- result{name, conn, err}
 		}()
 	}
 	conns := make(map[string]*websocket.Conn, len(names))
-	failed := map[string]error{}
 	var first error
+	refused := false
 	for range names {
 		r := <-results
 		if r.err == nil {
 			conns[r.name] = r.conn
 			e.conns = append(e.conns, r.conn)
+			if r.name == "control" {
+				close(controlled)
+			}
 			continue
 		}
-		failed[r.name] = r.err
 		if first == nil {
 			first = r.err
 		}
-		if e.needed(r.name) {
-			cancel() // the others are of no use any more
+		if d, ok := errors.AsType[*dialError](r.err); ok && d.refused && r.name != "control" {
+			refused = true // without it the command does not start
 		}
+		cancel() // the others are of no use any more
 	}
-	for name, err := range failed {
-		// A command that has ended before its control socket was connected is no failure; neither is one that goes on without:
-		// it is killed by closing its stdout then. But a socket of which it is not known whether the server has it is one.
-		if d, ok := errors.AsType[*dialError](err); e.needed(name) || !ok || !d.refused {
-			e.closeAll()
-			return e.notConnected(failed, first)
-		}
+	if first != nil {
+		e.closeAll()
+		return e.notConnected(first, refused)
 	}
 	e.serve(conns)
 	return nil
@@ -323,12 +331,11 @@ func (e *execution) connect(secrets map[string]string) error {
 
 // serve starts the goroutines of the sockets.
 func (e *execution) serve(conns map[string]*websocket.Conn) {
-	e.done, e.drained, e.cutoff = make(chan struct{}), make(chan struct{}), make(chan struct{})
+	e.drained, e.cutoff = make(chan struct{}), make(chan struct{})
 	e.asking, e.giveUp = context.WithCancel(context.WithoutCancel(e.caller))
 	cmd := e.cmd
 	output := func(name, socket string, w io.Writer, turn *sync.Mutex) {
-		o := &output{name: name, w: w, turn: turn, conn: conns[socket], fail: e.fail}
-		e.outputs = append(e.outputs, o)
+		e.outputs = append(e.outputs, &output{name: name, w: w, turn: turn, conn: conns[socket], fail: e.fail})
 	}
 	if cmd.TTY != nil {
 		output("terminal", "0", cmd.Stdout, new(sync.Mutex))
@@ -350,8 +357,7 @@ func (e *execution) serve(conns map[string]*websocket.Conn) {
 		e.readers.Go(func() {
 			o.run()
 			if cmd.TTY != nil {
-				// LXD keeps the operation running until we have said that we have seen the end.
-				o.conn.WriteControl(websocket.CloseMessage, nil, time.Now().Add(controlTimeout))
+				e.hangUp(o)
 			}
 			e.mu.Lock()
 			defer e.mu.Unlock()
@@ -360,37 +366,40 @@ func (e *execution) serve(conns map[string]*websocket.Conn) {
 			}
 		})
 	}
-	if conn := conns["control"]; conn != nil {
-		e.control = &control{conn: conn}
-		e.readers.Go(func() { e.control.run(); e.exit() })
+	e.control = &control{conn: conns["control"]}
+	ping := func() {}
+	if cmd.TTY == nil {
+		ping = func() { discardPings(conns["0"]) }
 	}
-	in := &input{r: cmd.Stdin, tty: cmd.TTY != nil, conn: conns["0"], done: e.done, fail: e.fail}
-	if in.r == nil {
-		in.run()
+	e.readers.Go(func() { e.control.run(ping); e.exit() })
+	e.input = &input{r: cmd.Stdin, tty: cmd.TTY != nil, conn: conns["0"], done: make(chan struct{}), fail: e.fail}
+	if cmd.Stdin == nil {
+		e.input.run()
 	} else {
-		go in.run() // ends with the command, unless Stdin.Read does not return
+		go e.input.run() // ends with the command, unless Stdin.Read does not return
 	}
 }
 
-// needed reports whether the command does not start without a socket.
-func (e *execution) needed(socket string) bool { return socket != "control" || e.cmd.TTY != nil }
+// hangUp tells the end of a terminal. LXD keeps the operation running until we have said that we have seen it: by a close frame, or by
+// cutting the connection where input that nobody reads stands in its way.
+func (e *execution) hangUp(o *output) {
+	if o.conn.WriteControl(websocket.CloseMessage, nil, time.Now().Add(readGrace)) != nil {
+		abort(o.conn)
+	}
+}
 
-// notConnected makes the error of a command of which not all sockets could be connected, all others being closed.
-func (e *execution) notConnected(failed map[string]error, first error) error {
+// notConnected makes the error of a command of which not all sockets could be connected, all others being closed. refused says that the
+// server has not connected one that the command needs.
+func (e *execution) notConnected(first error, refused bool) error {
 	if e.ctx.Err() != nil {
 		first = context.Cause(e.ctx)
 	}
-	for name, err := range failed {
-		if d, ok := errors.AsType[*dialError](err); ok && d.refused && e.needed(name) {
-			if e.ctx.Err() == nil {
-				first = err
-			}
-			return notStarted(e.t.explain(e.ctx, first))
-		}
+	if refused {
+		return notStarted(e.t.explain(e.ctx, first))
 	}
 	// All sockets may have been connected as the server sees it. Then the command has run, and was killed when we closed
 	// control. LXD tells, at the latest when it has waited for the sockets in vain.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(e.ctx), connectTimeout+killGrace)
+	ctx, cancel := within(context.WithoutCancel(e.ctx), connectTimeout+killGrace)
 	stop := context.AfterFunc(e.ctx, func() { time.AfterFunc(killGrace, cancel) })
 	defer stop()
 	defer cancel()
@@ -455,10 +464,10 @@ func (e *execution) finish() {
 		}
 	}
 	e.mu.Unlock()
-	close(e.done)
 	e.giveUp()
 	e.closeAll()
 	e.steps.Wait()
+	e.input.stop()
 	stuck := false
 	for _, o := range e.outputs {
 		stuck = o.detach() || stuck
@@ -486,7 +495,7 @@ func (e *execution) tell(what string, send func(*control) error) error {
 	err := os.ErrProcessDone
 	e.step(func() {
 		e.mu.Lock()
-		gone := !e.exited.IsZero() || e.control == nil
+		gone := !e.exited.IsZero()
 		e.mu.Unlock()
 		if !gone {
 			err = send(e.control)
@@ -524,34 +533,34 @@ func (e *execution) exit() {
 		return
 	}
 	e.exited = time.Now()
+	if e.killed {
+		return // it was we who closed the control socket; cutOff comes
+	}
 	for _, o := range e.outputs {
-		spent, received, _ := o.progress()
-		e.spent = append(e.spent, spent)
-		e.received = append(e.received, received)
+		e.then = append(e.then, o.progress())
 	}
 	e.drain = time.AfterFunc(e.waitDelay(), e.lookAfter)
 }
 
-// lookAfter cuts the outputs when one of them has waited for the host for WaitDelay since the command's end. The time that the
-// caller's writer took does not count: what the command wrote before its end has to arrive whole, however slow that writer
-// is. A flood does: more than pipes and sockets can hold is not the command's.
+// lookAfter cuts the outputs when one of them has waited for messages for WaitDelay since the command's end. Messages that follow each
+// other closely take their time from nobody, however slow the link or the caller's writer is: what the command wrote before its
+// end has to arrive whole. But more than pipes and sockets can hold is not the command's.
 func (e *execution) lookAfter() {
 	e.step(func() {
 		e.mu.Lock()
-		since := time.Since(e.exited)
-		again := time.Duration(0)
+		delay, again := e.waitDelay(), time.Duration(0)
 		for i, o := range e.outputs {
-			spent, received, ended := o.progress()
-			if ended {
+			now := o.progress()
+			if now.ended {
 				continue
 			}
-			waited := since - (spent - e.spent[i])
-			if waited >= e.waitDelay() || received-e.received[i] > maxTail {
+			waited := max(now.waited-e.then[i].waited, min(now.still, time.Since(e.exited)))
+			if waited >= delay || now.received-e.then[i].received > maxTail {
 				e.mu.Unlock()
-				e.cutOff()
+				e.cutOutputs()
 				return
 			}
-			again = max(again, e.waitDelay()-waited, 10*time.Millisecond)
+			again = max(again, delay-waited, 10*time.Millisecond)
 		}
 		if again > 0 {
 			e.drain.Reset(again)
@@ -560,6 +569,17 @@ func (e *execution) lookAfter() {
 			e.drain = time.AfterFunc(killGrace, e.cutOff)
 		}
 		e.mu.Unlock()
+	})
+}
+
+// cutOutputs ends the wait for the outputs, and soon that for the operation.
+func (e *execution) cutOutputs() {
+	e.step(func() {
+		e.mu.Lock()
+		e.cut = true
+		e.drain = time.AfterFunc(statusGrace, e.cutOff)
+		e.mu.Unlock()
+		e.closeAll()
 	})
 }
 
@@ -581,7 +601,7 @@ func (e *execution) interrupt() {
 			sig = SIGTERM
 		}
 		number, _ := signalNumber(sig) // Validate has seen it
-		if sig == SIGKILL || e.control == nil || e.control.signal(number) != nil {
+		if sig == SIGKILL || e.control.signal(number) != nil {
 			e.kill()
 		}
 	})
@@ -599,11 +619,6 @@ func (e *execution) kill() {
 		e.next.Stop()
 		e.next = time.AfterFunc(killGrace, e.cutOff)
 		e.mu.Unlock()
-		if e.control == nil {
-			// Without a control socket LXD takes the end of stdout's for the end of the client.
-			abort(e.outputs[0].conn)
-			return
-		}
 		e.control.signal(signals[SIGKILL])
 		abort(e.control.conn)
 	})
@@ -613,8 +628,8 @@ func (e *execution) kill() {
 func (e *execution) cutOff() {
 	e.step(func() {
 		e.mu.Lock()
-		first := !e.cut
-		e.cut = true
+		first := !e.over
+		e.cut, e.over = true, true
 		e.mu.Unlock()
 		if !first {
 			return

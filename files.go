@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"path"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -39,22 +40,19 @@ func (t *LXD) Upload(ctx context.Context, dst string, src io.Reader, opts *Uploa
 	if opts == nil {
 		opts = new(UploadOptions)
 	}
-	err := checkUpload(dst, src, opts)
-	if err == nil {
-		err = t.transfer(ctx, func(ctx context.Context, s *session) error {
-			in := newSource(src)
-			defer in.stop()
-			if s == nil {
-				return t.uploadREST(ctx, dst, in, opts)
-			}
-			u := &upload{t: t, s: s, dst: dst, opts: opts}
-			err := u.run(ctx, in)
-			if err != nil {
-				err = also(orCause(ctx, err), u.cleanUp(ctx))
-			}
-			return err
-		})
-	}
+	err := t.transfer(ctx, func() error { return checkUpload(dst, src, opts) }, func(ctx context.Context, s *session) error {
+		in := newSource(src)
+		defer in.stop()
+		if s == nil {
+			return t.uploadREST(ctx, dst, in, opts)
+		}
+		u := &upload{t: t, s: s, dst: dst, opts: opts}
+		err := u.run(ctx, in)
+		if err != nil {
+			err = also(orCause(ctx, err), u.cleanUp(ctx))
+		}
+		return err
+	})
 	return t.fileError("upload", dst, err)
 }
 
@@ -62,21 +60,38 @@ func (t *LXD) Upload(ctx context.Context, dst string, src io.Reader, opts *Uploa
 // /sys, whose size the system does not tell, are read to their end.
 //
 // A server without an SFTP endpoint (LXD before 4.24) is asked through its files endpoint, after a command in the instance has
-// told the file's type and size; the instance has to run and to have /bin/sh and stat. Files whose size is 0 arrive empty.
+// told the file's type and size; the instance has to run and to have /bin/sh, stat and readlink. Files whose size is 0 arrive empty.
 func (t *LXD) Download(ctx context.Context, src string, dst io.Writer, opts *DownloadOptions) error {
 	if opts == nil {
 		opts = new(DownloadOptions)
 	}
-	err := checkDownload(src, dst, opts)
-	if err == nil {
-		err = t.transfer(ctx, func(ctx context.Context, s *session) error {
-			d := &download{src: src, dst: dst, opts: opts}
+	d := &download{src: src, dst: dst, opts: opts}
+	err := t.transfer(ctx, func() error { return checkDownload(src, dst, opts) }, func(ctx context.Context, s *session) error {
+		done := make(chan error, 1)
+		go func() { // outlives this only in a Write that does not return
 			if s == nil {
-				return orCause(ctx, t.downloadREST(ctx, d))
+				done <- t.downloadREST(ctx, d)
+			} else {
+				done <- d.run(ctx, s)
 			}
-			return orCause(ctx, d.run(ctx, s))
-		})
-	}
+		}()
+		select {
+		case err := <-done:
+			return orCause(ctx, err)
+		case <-ctx.Done():
+		}
+		late := time.NewTimer(cleanUpTime)
+		defer late.Stop()
+		select {
+		case err := <-done:
+			return orCause(ctx, err)
+		case <-late.C:
+		}
+		if !d.detach() {
+			return orCause(ctx, <-done)
+		}
+		return also(context.Cause(ctx), errors.New("a Write has not returned"))
+	})
 	return t.fileError("download", src, err)
 }
 
@@ -91,7 +106,7 @@ func checkUpload(dst string, src io.Reader, opts *UploadOptions) error {
 	if err := checkPath(dst); err != nil {
 		return err
 	}
-	if strings.HasSuffix(dst, "/") {
+	if base := dst[strings.LastIndexByte(dst, '/')+1:]; base == "" || base == "." || base == ".." {
 		return fmt.Errorf("the destination is a directory; it has to end with the file's name: %w", syscall.EISDIR)
 	}
 	if src == nil {
@@ -140,13 +155,16 @@ func also(err, more error) error {
 	return &causes{text: err.Error() + "; " + more.Error(), errs: []error{err, more}}
 }
 
-// transfer runs f with an SFTP session, or with nil where the server has none.
-func (t *LXD) transfer(ctx context.Context, f func(context.Context, *session) error) error {
+// transfer runs f with an SFTP session, or with nil where the server has none, after check.
+func (t *LXD) transfer(ctx context.Context, check func() error, f func(context.Context, *session) error) error {
 	ctx, end, err := t.begin(ctx)
 	if err != nil {
 		return err
 	}
 	defer end()
+	if err := check(); err != nil {
+		return err
+	}
 	s, err := t.openSFTP(ctx)
 	switch {
 	case err == errNoSFTP:
@@ -199,8 +217,9 @@ type upload struct {
 	dst  string
 	opts *UploadOptions
 
-	tmp  string // "" while there is no temporary file
-	file *sftp.File
+	tmp     string // "" while there is no temporary file
+	file    *sftp.File
+	renamed bool // perhaps: no answer came
 }
 
 func (u *upload) run(ctx context.Context, in *source) error {
@@ -243,7 +262,14 @@ func (u *upload) run(ctx context.Context, in *source) error {
 		return err
 	}
 	u.file = nil
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	// From here on it is done or not done, whatever becomes of ctx.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTime)
+	defer cancel()
 	if err := u.s.Rename(ctx, u.tmp, u.dst); err != nil {
+		u.renamed = !errors.As(err, new(*sftp.StatusError))
 		return fmt.Errorf("rename of the temporary file: %w", err)
 	}
 	u.tmp = ""
@@ -252,11 +278,14 @@ func (u *upload) run(ctx context.Context, in *source) error {
 
 // create makes the temporary file.
 func (u *upload) create(ctx context.Context) error {
-	dir := path.Dir(u.dst)
+	dir := parent(u.dst)
 	tmp := temporary(u.dst)
 	open := func() (err error) {
-		u.tmp = tmp // from now on there may be one, whatever the answer is
+		u.tmp = tmp // from now on there may be one
 		u.file, err = u.s.Open(ctx, tmp, sftp.Write|sftp.Create|sftp.Excl, 0o600)
+		if errors.As(err, new(*sftp.StatusError)) {
+			u.tmp = ""
+		}
 		return err
 	}
 	err := open()
@@ -266,10 +295,12 @@ func (u *upload) create(ctx context.Context) error {
 		}
 		err = open()
 	}
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("there is no directory %s (UploadOptions.MkdirAll would create it): %w", dir, err)
-	case err != nil:
+	if errors.Is(err, fs.ErrNotExist) {
+		if _, statErr := u.s.Stat(ctx, dir); errors.Is(statErr, fs.ErrNotExist) {
+			return fmt.Errorf("there is no directory %s (UploadOptions.MkdirAll would create it): %w", dir, err)
+		}
+	}
+	if err != nil {
 		return fmt.Errorf("temporary file in %s: %w", dir, err)
 	}
 	// Servers before pkg/sftp 1.13.6, LXD 5.0.2's among them, create every file with 0644.
@@ -278,7 +309,15 @@ func (u *upload) create(ctx context.Context) error {
 
 // temporary returns a name in the same directory that nobody else has, and that is not too long however long dst's is.
 func temporary(dst string) string {
-	return path.Join(path.Dir(dst), ".transport-"+strings.ToLower(rand.Text())+".tmp")
+	return strings.TrimSuffix(parent(dst), "/") + "/.transport-" + strings.ToLower(rand.Text()) + ".tmp"
+}
+
+// parent is the directory that a path ends in. Unlike path.Dir it leaves ".." alone, which leads elsewhere behind a link.
+func parent(name string) string {
+	if dir := strings.TrimRight(name[:strings.LastIndexByte(name, '/')], "/"); dir != "" {
+		return dir
+	}
+	return "/"
 }
 
 func (u *upload) mkdirAll(ctx context.Context, dir string) error {
@@ -292,7 +331,7 @@ func (u *upload) mkdirAll(ctx context.Context, dir string) error {
 		return fmt.Errorf("%s: %w", dir, err)
 	}
 	if dir != "/" {
-		if err := u.mkdirAll(ctx, path.Dir(dir)); err != nil {
+		if err := u.mkdirAll(ctx, parent(dir)); err != nil {
 			return err
 		}
 	}
@@ -370,15 +409,17 @@ func (u *upload) cleanUp(ctx context.Context) error {
 		u.file.Close(ctx)
 	}
 	err := u.s.Remove(ctx, u.tmp)
-	if err == nil || errors.Is(err, fs.ErrNotExist) {
-		return nil
+	if err != nil && !errors.As(err, new(*sftp.StatusError)) {
+		var s *session
+		if s, err = u.t.openSFTP(ctx); err == nil {
+			defer s.close()
+			err = s.Remove(ctx, u.tmp)
+		}
 	}
-	s, err := u.t.openSFTP(ctx)
-	if err == nil {
-		defer s.close()
-		err = s.Remove(ctx, u.tmp)
-	}
-	if err == nil || errors.Is(err, fs.ErrNotExist) {
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && u.renamed:
+		return errors.New("it has been replaced all the same")
+	case err == nil, errors.Is(err, fs.ErrNotExist):
 		return nil
 	}
 	return fmt.Errorf("the temporary file %s may be left: %w", u.tmp, err)
@@ -406,6 +447,34 @@ type download struct {
 	dst      io.Writer
 	opts     *DownloadOptions
 	received int64
+
+	mu       sync.Mutex // guards what follows
+	busy     bool       // in one of the caller's functions
+	detached bool       // they must not be called again
+}
+
+// call calls one of the caller's functions unless the download was given up.
+func (d *download) call(f func() error) error {
+	d.mu.Lock()
+	if d.detached {
+		d.mu.Unlock()
+		return context.Canceled
+	}
+	d.busy = true
+	d.mu.Unlock()
+	err := f()
+	d.mu.Lock()
+	d.busy = false
+	d.mu.Unlock()
+	return err
+}
+
+// detach makes sure that the caller's functions are not called again. It reports whether one of them has not returned.
+func (d *download) detach() (stuck bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.detached = true
+	return d.busy
 }
 
 func (d *download) run(ctx context.Context, s *session) error {
@@ -453,39 +522,45 @@ func (d *download) begin(info fileInfo) (end int64, exact bool, err error) {
 		return 0, false, fmt.Errorf("the host says that it has %d bytes: %w", info.size, fs.ErrInvalid)
 	}
 	// The kernel's own file systems say 0, or a page, for what they make up when it is read.
-	exact = info.size > 0 && !strings.HasPrefix(d.src, "/proc/") && !strings.HasPrefix(d.src, "/sys/")
+	name := path.Clean(d.src)
+	madeUp := strings.HasPrefix(name, "/proc/") || strings.HasPrefix(name, "/sys/")
+	exact = info.size > 0 && !madeUp
 	end = math.MaxInt64
-	if exact {
-		end = int64(info.size)
-		if d.opts.Offset > end {
+	if !madeUp {
+		if end := int64(info.size); d.opts.Offset > end {
 			return 0, false, fmt.Errorf("DownloadOptions.Offset is %d, but the file has %d bytes: %w", d.opts.Offset, end, fs.ErrInvalid)
 		}
+	}
+	if exact {
+		end = int64(info.size)
 		if l := d.opts.Limit; l > 0 && end-d.opts.Offset > l {
 			return 0, false, fmt.Errorf("%d bytes were to come: %w of %d", end-d.opts.Offset, ErrLimit, l)
 		}
 	}
 	if d.opts.Stat != nil {
-		d.opts.Stat(info)
+		err = d.call(func() error { d.opts.Stat(info); return nil })
 	}
-	return end, exact, nil
+	return end, exact, err
 }
 
 func (d *download) write(p []byte) error {
 	if l := d.opts.Limit; l > 0 && d.received+int64(len(p)) > l {
 		return fmt.Errorf("more bytes came: %w of %d", ErrLimit, l)
 	}
-	n, err := d.dst.Write(p)
-	if err == nil && n < len(p) {
-		err = io.ErrShortWrite
-	}
-	if err != nil {
-		return fmt.Errorf("writing what was received: %w", err)
-	}
-	d.received += int64(n)
-	if d.opts.Progress != nil {
-		d.opts.Progress(d.received)
-	}
-	return nil
+	return d.call(func() error {
+		n, err := d.dst.Write(p)
+		if err == nil && n < len(p) {
+			err = io.ErrShortWrite
+		}
+		if err != nil {
+			return fmt.Errorf("writing what was received: %w", err)
+		}
+		d.received += int64(n)
+		if d.opts.Progress != nil {
+			d.opts.Progress(d.received)
+		}
+		return nil
+	})
 }
 
 // complete checks the number of bytes against what the host said.
@@ -522,9 +597,11 @@ func (i fileInfo) Mode() fs.FileMode {
 
 // source reads ahead of an upload, in a goroutine, so that a Read that does not return cannot hold the upload.
 type source struct {
+	r       io.Reader
 	full    chan chunk
 	free    chan []byte
 	stopped chan struct{}
+	done    chan struct{} // closed when the goroutine has ended; nil until there is one
 }
 
 type chunk struct {
@@ -533,12 +610,11 @@ type chunk struct {
 }
 
 func newSource(r io.Reader) *source {
-	in := &source{full: make(chan chunk), free: make(chan []byte, sftp.WritesAhead+2), stopped: make(chan struct{})}
-	go in.run(r) // ends with stop, or when a Read returns after it
-	return in
+	return &source{r: r, full: make(chan chunk), free: make(chan []byte, sftp.WritesAhead+2), stopped: make(chan struct{})}
 }
 
-func (in *source) run(r io.Reader) {
+func (in *source) run() {
+	defer close(in.done)
 	for made := 0; ; {
 		var buf []byte
 		select {
@@ -555,7 +631,7 @@ func (in *source) run(r io.Reader) {
 				return
 			}
 		}
-		n, err := fill(r, buf)
+		n, err := in.fill(buf)
 		select {
 		case in.full <- chunk{buf[:n], err}:
 		case <-in.stopped:
@@ -569,10 +645,15 @@ func (in *source) run(r io.Reader) {
 
 // fill reads until buf is full or r returns an error. Unlike io.ReadFull it leaves the error as it is: io.ErrUnexpectedEOF is not the end
 // of a source.
-func fill(r io.Reader, buf []byte) (n int, err error) {
+func (in *source) fill(buf []byte) (n int, err error) {
 	for empty := 0; n < len(buf) && err == nil; {
+		select {
+		case <-in.stopped:
+			return n, context.Canceled
+		default:
+		}
 		var m int
-		m, err = r.Read(buf[n:])
+		m, err = in.r.Read(buf[n:])
 		if m < 0 || m > len(buf)-n {
 			return n, errors.New("the source's Read returned an impossible count")
 		}
@@ -589,8 +670,12 @@ func fill(r io.Reader, buf []byte) (n int, err error) {
 	return n, err
 }
 
-// Next returns the next bytes; the last ones with io.EOF.
+// Next returns the next bytes; the last ones with io.EOF. The first call starts the reading.
 func (in *source) Next(ctx context.Context) ([]byte, error) {
+	if in.done == nil {
+		in.done = make(chan struct{})
+		go in.run() // stop waits for it, if the source's Read returns
+	}
 	select {
 	case c := <-in.full:
 		return c.data, c.err
@@ -602,10 +687,25 @@ func (in *source) Next(ctx context.Context) ([]byte, error) {
 // Free takes back what Next returned.
 func (in *source) Free(b []byte) { in.free <- b[:cap(b)] }
 
-func (in *source) stop() { close(in.stopped) }
+// stop ends the reading, and waits for that, unless a Read does not return in time.
+func (in *source) stop() {
+	close(in.stopped)
+	if in.done == nil {
+		return
+	}
+	late := time.NewTimer(readGrace)
+	defer late.Stop()
+	select {
+	case <-in.done:
+	case <-late.C:
+	}
+}
 
-// checkDir reports that a working directory does not exist. When it cannot be asked for, the command shows it.
+// checkDir reports that a working directory does not exist. Where LXD cannot be asked, as one before 4.24 without SFTP, the command runs as LXD
+// has it: in "/".
 func (t *LXD) checkDir(ctx context.Context, dir string) error {
+	ctx, cancel := within(ctx, dirPatience)
+	defer cancel()
 	s, err := t.openSFTP(ctx)
 	if err != nil {
 		return nil

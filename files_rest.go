@@ -11,8 +11,11 @@ import (
 	"path"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
+
+	"github.com/lxdtransport/transport/internal/sftp"
 )
 
 // One file up, one file down, for servers without SFTP: the bytes go through LXD's files endpoint, which truncates a file in place, knows no
@@ -48,7 +51,7 @@ func (t *LXD) script(ctx context.Context, script string, args ...string) (string
 
 // before: $1 destination, $2 its directory, $3 "yes" for MkdirAll, $4 the owner of new directories.
 const scriptBefore = `
-if [ -d "$1" ] && [ ! -h "$1" ]; then exit 42; fi
+if [ -d "$1" ]; then exit 42; fi
 if [ -e "$1" ] && [ ! -f "$1" ] && [ ! -h "$1" ]; then exit 43; fi
 make() {
 	[ -z "$1" ] || [ -d "$1" ] && return
@@ -69,7 +72,7 @@ fi
 chown -- "${owner:-0:0}" "$1"
 chmod -- "${mode:-644}" "$1"
 [ -z "$6" ] || touch -d "@$6" -- "$1"
-if [ -d "$2" ] && [ ! -h "$2" ]; then exit 42; fi
+if [ -d "$2" ]; then exit 42; fi # mv would move into it
 exec mv -f -- "$1" "$2"`
 
 // about: $1 file. Prints size, mode, owner and time, and the file that it is when links have been followed, which the files endpoint
@@ -81,7 +84,7 @@ const scriptAbout = `
 stat -L -c '%s %a %u %g %Y' -- "$1" && exec readlink -f -- "$1"`
 
 func (t *LXD) uploadREST(ctx context.Context, dst string, in *source, opts *UploadOptions) error {
-	dir, owner, mode, modified := path.Dir(dst), "", "", ""
+	dir, owner, mode, modified := parent(dst), "", "", ""
 	if o := opts.Owner; o != nil {
 		owner = fmt.Sprintf("%d:%d", o.UID, o.GID)
 	}
@@ -99,10 +102,12 @@ func (t *LXD) uploadREST(ctx context.Context, dst string, in *source, opts *Uplo
 		return err
 	}
 	tmp := temporary(dst)
-	body := &sourceReader{ctx: ctx, in: in, progress: opts.Progress}
+	posting, cancel := context.WithCancel(ctx)
+	body := &sourceReader{ctx: posting, in: in, progress: opts.Progress}
 	err := t.postFile(ctx, tmp, body)
-	if body.err != nil {
-		err = body.err
+	cancel()
+	if e := body.stop(); e != nil {
+		err = e
 	}
 	if err == nil {
 		_, err = t.script(ctx, scriptAfter, tmp, dst, strconv.FormatInt(body.sent, 10), owner, mode, modified)
@@ -110,14 +115,25 @@ func (t *LXD) uploadREST(ctx context.Context, dst string, in *source, opts *Uplo
 	if err == nil {
 		return nil
 	}
-	err = orCause(ctx, err)
+	return also(orCause(ctx, err), t.deleteFile(ctx, tmp))
+}
+
+// deleteFile removes a temporary file after a failure. A server whose request was broken off may not have made the file yet: it is looked
+// for until it was there, or for a second.
+func (t *LXD) deleteFile(ctx context.Context, name string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTime)
 	defer cancel()
-	no := (*apiError)(nil)
-	if e := t.rest.call(ctx, http.MethodDelete, t.path("/files"), t.fileQuery(tmp), nil, nil); e != nil && !(errors.As(e, &no) && no.code == http.StatusNotFound) {
-		return also(err, fmt.Errorf("the temporary file %s may be left: %w", tmp, e))
+	for start := time.Now(); ; pause(ctx, askPause) {
+		err := t.rest.call(ctx, http.MethodDelete, t.path("/files"), t.fileQuery(name), nil, nil)
+		no, ok := errors.AsType[*apiError](err)
+		missing := ok && no.code == http.StatusNotFound
+		switch {
+		case err == nil, missing && time.Since(start) > time.Second:
+			return nil
+		case !missing:
+			return fmt.Errorf("the temporary file %s may be left: %w", name, err)
+		}
 	}
-	return err
 }
 
 func (t *LXD) fileQuery(name string) url.Values {
@@ -142,7 +158,13 @@ func (t *LXD) postFile(ctx context.Context, name string, body io.Reader) error {
 	if err != nil {
 		return t.rest.explainDial(err)
 	}
-	return t.explain(ctx, decode(resp, nil))
+	err = t.explain(ctx, decode(resp, nil))
+	if no, ok := errors.AsType[*apiError](err); ok {
+		if system := (&sftp.StatusError{Text: no.text}).Unwrap(); system != nil {
+			err = fmt.Errorf("%w: %w", system, err)
+		}
+	}
+	return err
 }
 
 // sourceReader reads from a source. An error that is not io.EOF aborts the request.
@@ -151,13 +173,28 @@ type sourceReader struct {
 	in       *source
 	progress func(int64)
 
+	mu        sync.Mutex // held during Read: net/http may call it after it has returned an answer
+	stopped   bool
 	buf, rest []byte
 	last      error
 	sent      int64
 	err       error
 }
 
+// stop makes sure that nothing is read or reported any more, and returns the source's error.
+func (r *sourceReader) stop() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.stopped = true
+	return r.err
+}
+
 func (r *sourceReader) Read(p []byte) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.stopped {
+		return 0, context.Canceled
+	}
 	if len(r.rest) == 0 {
 		if r.last != nil {
 			r.report()
@@ -222,7 +259,7 @@ func (t *LXD) downloadREST(ctx context.Context, d *download) error {
 	}
 	body := io.Reader(resp.Body)
 	if exact {
-		body = io.LimitReader(body, end+1) // a byte too many is enough to see it
+		body = io.LimitReader(body, end) // it may have grown
 	}
 	if _, err := io.CopyN(io.Discard, body, d.opts.Offset); err != nil {
 		return fmt.Errorf("skipping to the offset: %w", err)

@@ -90,8 +90,8 @@ func NewLXD(server lxd.InstanceServer, instance string, opts *LXDOptions) (*LXD,
 		return fail(errors.New("the connection (server) is nil"))
 	case instance == "":
 		return fail(errors.New("the instance's name is empty"))
-	case strings.ContainsAny(instance, "/?#\x00"):
-		return fail(errors.New("an instance's name has no '/', '?', '#' or NUL; commands run in instances, not in snapshots"))
+	case strings.ContainsAny(instance, "/?#\x00"), instance == ".", instance == "..":
+		return fail(errors.New("that is no instance's name; commands run in instances, not in snapshots"))
 	case opts.MaxExecs < 0:
 		return fail(fmt.Errorf("LXDOptions.MaxExecs is negative: %d", opts.MaxExecs))
 	}

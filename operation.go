@@ -86,6 +86,7 @@ func (t *LXD) waitOperation(ctx context.Context, id string, linked func() bool) 
 	path := "/1.0/operations/" + url.PathEscape(id)
 	wait := url.Values{"timeout": {strconv.Itoa(int(askEvery / time.Second))}}
 	var failing time.Time // since when no answer has come
+	last := errors.New("no answer has come")
 	for {
 		asked := time.Now()
 		op, err := t.getOperation(ctx, path+"/wait", wait, askEvery+askSlack)
@@ -99,10 +100,12 @@ func (t *LXD) waitOperation(ctx context.Context, id string, linked func() bool) 
 		case err == nil && op.final():
 			return op.fate()
 		case ctx.Err() != nil:
-			return fate{err: context.Cause(ctx)}
+			return fate{err: last}
 		case err == nil:
 			failing = time.Time{}
+			last = errors.New("LXD says that it is running")
 		default:
+			last = err
 			if failing.IsZero() {
 				failing = time.Now()
 			}
@@ -111,7 +114,7 @@ func (t *LXD) waitOperation(ctx context.Context, id string, linked func() bool) 
 				patience = forgetAfter
 			}
 			if time.Since(failing) >= patience {
-				return fate{err: t.explain(ctx, err)}
+				return fate{err: err}
 			}
 		}
 		if time.Since(asked) < askPause {
@@ -121,7 +124,7 @@ func (t *LXD) waitOperation(ctx context.Context, id string, linked func() bool) 
 }
 
 func (t *LXD) getOperation(ctx context.Context, path string, query url.Values, most time.Duration) (*operation, error) {
-	ctx, cancel := context.WithTimeout(ctx, most)
+	ctx, cancel := within(ctx, most)
 	defer cancel()
 	var op operation
 	if err := t.rest.call(ctx, http.MethodGet, path, query, nil, &op); err != nil {

@@ -74,11 +74,16 @@ func newRESTClient(server lxd.InstanceServer, opts *LXDOptions) (*restClient, er
 		return nil, fmt.Errorf("the connection's HTTP transport is a %T, which tells no way to the server", client.Transport)
 	}
 
-	t.DisableKeepAlives = false
+	// Connections are kept, but not on a unix socket: LXD's accept loop waits there for the first bytes of every connection, and one
+	// that net/http dials and then does not need, because another has become free, blocks all others as long as it is kept.
+	// Connecting costs next to nothing there.
+	t.DisableKeepAlives = !strings.HasPrefix(r.base, "https:")
 	t.MaxIdleConns, t.MaxIdleConnsPerHost = 0, maxIdle
 	t.IdleConnTimeout = idleTimeout
+	t.MaxConnsPerHost = 0       // every running command keeps one
 	t.ResponseHeaderTimeout = 0 // requests are bounded by their contexts
 	t.ForceAttemptHTTP2 = false
+	t.ReadBufferSize, t.WriteBufferSize = 1<<10, 1<<10 // every running command holds a connection
 	if t.DialContext == nil {
 		// The connection's TLS dialer does not obey contexts, so that we dial the plain connection ourselves.
 		t.DialContext = (&net.Dialer{Timeout: connectTimeout}).DialContext
@@ -232,8 +237,9 @@ type answer struct {
 
 // apiError is an answer that says no.
 type apiError struct {
-	code int    // HTTP status, or the error_code of an error that came with status 200
-	text string // what the server said, bounded
+	code    int    // HTTP status, or the error_code of an error that came with status 200
+	text    string // what the server said, bounded
+	foreign bool   // it is not LXD's JSON, but a proxy's page perhaps
 }
 
 func (e *apiError) Error() string {
@@ -280,6 +286,9 @@ func (r *restClient) call(ctx context.Context, method, path string, query url.Va
 		// the sockets is never started.
 		req.Header["Idempotency-Key"] = []string{}
 		resp, err := r.http.Do(req)
+		if err != nil && ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
 		if err != nil {
 			return r.explainDial(err)
 		}
@@ -298,15 +307,16 @@ func (r *restClient) call(ctx context.Context, method, path string, query url.Va
 func decode(resp *http.Response, out any) error {
 	defer resp.Body.Close()
 	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if ctx := resp.Request.Context(); err != nil && ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
 	if err != nil {
 		return fmt.Errorf("the server's answer broke off: %w", err)
 	}
 	var a answer
-	if err := json.Unmarshal(data, &a); err != nil {
-		if resp.StatusCode >= 300 {
-			return &apiError{code: resp.StatusCode, text: quoted(string(data))}
-		}
-		return fmt.Errorf("the server's answer is not LXD's JSON (%w): %s", err, quoted(string(data)))
+	if err := json.Unmarshal(data, &a); err != nil || a.Type == "" {
+		// It is not quoted: it may repeat the command, its environment, or a socket's secret.
+		return &apiError{code: resp.StatusCode, foreign: true, text: fmt.Sprintf("%d bytes of type %s, which are not LXD's JSON", len(data), quoted(resp.Header.Get("Content-Type")))}
 	}
 	if a.Type == "error" || resp.StatusCode >= 300 {
 		e := &apiError{code: resp.StatusCode, text: quoted(a.Error)}
@@ -326,7 +336,7 @@ func decode(resp *http.Response, out any) error {
 
 // upgrade makes a connection of a request, of which no byte is HTTP after the server has agreed. ctx bounds the request only.
 func (r *restClient) upgrade(ctx context.Context, path string, query url.Values, protocol string) (io.ReadWriteCloser, error) {
-	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	ctx, cancel := within(ctx, connectTimeout)
 	defer cancel()
 	req, err := r.request(ctx, http.MethodGet, path, query, nil)
 	if err != nil {
@@ -335,6 +345,9 @@ func (r *restClient) upgrade(ctx context.Context, path string, query url.Values,
 	req.Header.Set("Connection", "Upgrade")
 	req.Header.Set("Upgrade", protocol)
 	resp, err := r.http.Do(req)
+	if err != nil && ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
 	if err != nil {
 		return nil, r.explainDial(err)
 	}
@@ -342,10 +355,12 @@ func (r *restClient) upgrade(ctx context.Context, path string, query url.Values,
 	if resp.StatusCode == http.StatusSwitchingProtocols && ok {
 		return conn, nil
 	}
-	if err := decode(resp, nil); err != nil {
-		return nil, err
-	}
-	return nil, &apiError{code: resp.StatusCode}
+	return nil, decodeRefusal(resp)
+}
+
+// within bounds a context by a time of our own, whose end is not taken for that of the caller's.
+func within(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, d, fmt.Errorf("no answer within %v", d))
 }
 
 // explainDial makes a sentence of an error from before an answer, without the URL, whose secret net/url.Error would show.
@@ -394,8 +409,6 @@ func (t *LXD) explain(ctx context.Context, err error) error {
 	switch e.code {
 	case http.StatusUnauthorized, http.StatusForbidden:
 		return wrap(ErrUnauthorized, "LXD does not allow it (a client certificate is allowed by `lxc config trust add`, perhaps for some projects only)")
-	case http.StatusServiceUnavailable:
-		return wrap(ErrNotStarted, "LXD is shutting down")
 	case http.StatusNotFound, http.StatusBadRequest, http.StatusInternalServerError:
 	default:
 		return err

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 )
 
 // verdict makes the result of a command of all that is known, the first cause first: the command's own status, then the end of
@@ -21,8 +22,8 @@ func (e *execution) verdict(f fate) error {
 		}
 		errs = append(errs, exit)
 	}
-	if cause := context.Cause(e.ctx); cause != nil && cause != e.copyErr && (e.interrupted || e.cut) {
-		errs = append(errs, cause)
+	if e.outer.Err() != nil && (e.interrupted || e.cut) {
+		errs = append(errs, context.Cause(e.outer))
 	}
 	switch {
 	case f.exited:
@@ -33,8 +34,8 @@ func (e *execution) verdict(f fate) error {
 	}
 	var lost []string
 	for _, o := range e.outputs {
-		if !o.whole {
-			lost = append(lost, fmt.Sprintf("%s after %d bytes", o.name, o.received))
+		if whole, received := o.result(); !whole {
+			lost = append(lost, fmt.Sprintf("%s after %d bytes", o.name, received))
 		}
 	}
 	if lost != nil {
@@ -63,18 +64,21 @@ func (e *execution) verdict(f fate) error {
 // unknown says what is known of a command whose status is not.
 func (e *execution) unknown(f fate) error {
 	switch {
+	case f.err == nil && f.text == "":
+		return errors.New("the command has ended, but LXD tells no status that is one")
 	case f.err == nil:
 		return fmt.Errorf("the command's status is not known; LXD says: %s", quoted(f.text))
-	case e.cut && e.killed:
-		return fmt.Errorf("LXD has not confirmed the end of the command within %v after KILL; it, or what it left behind, may still run", killGrace)
+	case e.killed:
+		return fmt.Errorf("LXD has not confirmed the end of the command after KILL: it, or what it left behind, may still run (%w)", f.err)
 	case e.cut:
-		return errors.New("the command has ended, but LXD keeps its status back, as some versions do until the last process that holds the command's output has ended; redirect what is to run on")
+		return fmt.Errorf("the command has ended, but LXD does not tell its status; some versions keep it back until the last process that holds the command's output has ended: redirect the output of what is to run on (%w)", f.err)
 	}
 	return fmt.Errorf("the command's status is not known, it may still run: %w", f.err)
 }
 
 // edges keeps the first and the last of what is written to it.
 type edges struct {
+	mu         sync.Mutex
 	head, tail []byte
 	omitted    int64
 }
@@ -82,6 +86,8 @@ type edges struct {
 const edge = 32 << 10
 
 func (b *edges) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	n := len(p)
 	fits := min(edge-len(b.head), n)
 	b.head = append(b.head, p[:fits]...)
@@ -95,6 +101,8 @@ func (b *edges) Write(p []byte) (int, error) {
 
 // Bytes returns what was kept, with a line in the place of what was not.
 func (b *edges) Bytes() []byte {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	tail, omitted := b.tail, b.omitted
 	if over := len(tail) - edge; over > 0 {
 		tail, omitted = tail[over:], omitted+int64(over)

@@ -35,7 +35,7 @@ const (
 
 	// readBuffer holds headers of frames; what follows is read into a buffer that is only held while there is
 	// something to read, so that a silent command costs no memory.
-	readBuffer = 1 << 10
+	readBuffer = 256
 )
 
 // chunks are buffers for output and input in transit.
@@ -51,8 +51,8 @@ func (e *dialError) Error() string { return e.err.Error() }
 func (e *dialError) Unwrap() error { return e.err }
 
 // dial connects one socket of an operation, once: LXD takes a second connection with the same secret for another one,
-// and some versions never start the command then.
-func (r *restClient) dial(ctx context.Context, operation, secret string) (*websocket.Conn, error) {
+// and some versions never start the command then. It asks for nothing before hold is closed, if it is not nil.
+func (r *restClient) dial(ctx context.Context, operation, secret string, hold <-chan struct{}) (*websocket.Conn, error) {
 	header, err := r.header(ctx)
 	if err != nil {
 		return nil, &dialError{refused: true, err: err}
@@ -67,18 +67,29 @@ func (r *restClient) dial(ctx context.Context, operation, secret string) (*webso
 		GotConn: func(info httptrace.GotConnInfo) {
 			mu.Lock()
 			defer mu.Unlock()
-			conn, sent = info.Conn, !secure
+			conn = info.Conn
 			if ctx.Err() != nil {
-				conn.Close()
+				conn.Close() // nothing is sent then
+				return
 			}
+			sent = !secure
 		},
 	}
 	if secure {
 		trace.TLSHandshakeDone = func(_ tls.ConnectionState, err error) {
+			if err == nil {
+				wait(ctx, hold)
+			}
 			mu.Lock()
 			defer mu.Unlock()
-			sent = err == nil
+			sent = err == nil && ctx.Err() == nil
+			if !sent {
+				conn.Close() // before the dialer goes on
+			}
 		}
+	} else if wait(ctx, hold); ctx.Err() != nil {
+		// On a unix socket LXD accepts nothing else while a connection says nothing: it may not even be there before.
+		return nil, &dialError{refused: true, err: context.Cause(ctx)}
 	}
 	stop := context.AfterFunc(ctx, func() {
 		mu.Lock()
@@ -101,10 +112,16 @@ func (r *restClient) dial(ctx context.Context, operation, secret string) (*webso
 		ws.SetCloseHandler(func(int, string) error { return nil })
 		return ws, nil
 	}
+	if deadline, ok := ctx.Deadline(); ok && !time.Now().Before(deadline) {
+		<-ctx.Done() // the connection had the same deadline, and may have been a moment faster
+	}
 	mu.Lock()
 	defer mu.Unlock()
 	if resp != nil {
-		return nil, &dialError{refused: true, err: decodeRefusal(resp)}
+		// Only LXD itself knows that it has not connected the socket; what a proxy says proves nothing.
+		err := decodeRefusal(resp)
+		no, ok := errors.AsType[*apiError](err)
+		return nil, &dialError{refused: ok && !no.foreign, err: without(secret, err)}
 	}
 	if ctx.Err() != nil {
 		err = context.Cause(ctx)
@@ -120,6 +137,25 @@ func decodeRefusal(resp *http.Response) error {
 	return &apiError{code: resp.StatusCode}
 }
 
+// wait waits for hold, if it is not nil, or the end of ctx.
+func wait(ctx context.Context, hold <-chan struct{}) {
+	if hold != nil {
+		select {
+		case <-hold:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// without takes a secret out of an error's text, should the other side have repeated it.
+func without(secret string, err error) error {
+	text := err.Error()
+	if !strings.Contains(text, secret) && !strings.Contains(text, url.QueryEscape(secret)) {
+		return err
+	}
+	return errors.New(strings.NewReplacer(secret, "…", url.QueryEscape(secret), "…").Replace(text))
+}
+
 // output is one socket that delivers output.
 type output struct {
 	name string // stdout, stderr or terminal
@@ -131,26 +167,33 @@ type output struct {
 
 	mu       sync.Mutex // guards what follows
 	detached bool       // w must not be called again
-	busy     time.Time  // since when a Write has been under way or waited for its turn; zero: none
-	spent    time.Duration
+	busy     bool       // a Write is under way or waits for its turn
+	waiting  time.Time  // since when the next message has been waited for; zero: one is being read or written
+	waited   time.Duration
+	moved    time.Time // when there was progress last
 	received int64
 	writeErr error
-	whole    bool  // the end mark came
-	readErr  error // why it did not
+	ended    bool
+	whole    bool // the end mark came
 }
 
 // run copies until the stream ends. It returns before only if a Write does not return.
 func (o *output) run() {
 	err := o.copy()
+	if err != nil {
+		abort(o.conn) // whatever the other side still sends there
+	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.whole, o.readErr = err == nil, err
+	o.ended, o.whole = true, err == nil
 }
 
 // copy returns nil when the end mark came. After an error of the writer it reads on and throws away.
 func (o *output) copy() error {
 	for {
+		o.await(true)
 		kind, message, err := o.conn.NextReader()
+		o.await(false)
 		if err != nil {
 			return err
 		}
@@ -193,10 +236,9 @@ func (o *output) copyMessage(message io.Reader) error {
 func (o *output) write(p []byte) {
 	o.mu.Lock()
 	o.received += int64(len(p))
+	o.moved = time.Now()
 	skip := o.w == nil || o.writeErr != nil || o.detached
-	if !skip {
-		o.busy = time.Now()
-	}
+	o.busy = !skip
 	o.mu.Unlock()
 	if skip {
 		return
@@ -216,8 +258,7 @@ func (o *output) write(p []byte) {
 		}
 	}
 	o.mu.Lock()
-	o.spent += time.Since(o.busy)
-	o.busy = time.Time{}
+	o.busy, o.moved = false, time.Now()
 	o.writeErr = err
 	o.mu.Unlock()
 	if err != nil {
@@ -225,16 +266,37 @@ func (o *output) write(p []byte) {
 	}
 }
 
-// progress returns how long this output has been in Writes and how much it has received, all together, and whether it has
-// ended.
-func (o *output) progress() (spent time.Duration, received int64, ended bool) {
+// await notes whether the next message is waited for.
+func (o *output) await(yes bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	spent = o.spent
-	if !o.busy.IsZero() {
-		spent += time.Since(o.busy)
+	if yes {
+		o.waiting = time.Now()
+		return
 	}
-	return spent, o.received, o.whole || o.readErr != nil
+	o.waited += time.Since(o.waiting)
+	o.waiting = time.Time{}
+}
+
+// progress is how far an output has come.
+type progress struct {
+	ended    bool
+	received int64
+	waited   time.Duration // for messages to begin, all together
+	still    time.Duration // since something moved; 0 during a Write
+}
+
+func (o *output) progress() progress {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	p := progress{ended: o.ended, received: o.received, waited: o.waited}
+	if !o.waiting.IsZero() {
+		p.waited += time.Since(o.waiting)
+	}
+	if !o.busy {
+		p.still = time.Since(o.moved)
+	}
+	return p
 }
 
 // detach makes sure that the writer is not called again. It reports whether it may still be in a Write.
@@ -242,7 +304,14 @@ func (o *output) detach() (stuck bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.detached = true
-	return !o.busy.IsZero()
+	return o.busy
+}
+
+// result tells how it ended.
+func (o *output) result() (whole bool, received int64) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.whole, o.received
 }
 
 // abort closes a socket as the server does: without a close frame, and without TLS's own farewell, which would be
@@ -268,23 +337,63 @@ func (e *copyError) Unwrap() error { return e.err }
 type input struct {
 	r    io.Reader // nil: empty
 	tty  bool
-	conn *websocket.Conn // set before run
-	done <-chan struct{} // closed when the command has ended
-	fail func(error)     // told an error of r
+	conn *websocket.Conn
+	fail func(error)   // told an error of r
+	done chan struct{} // closed when run has returned
+
+	mu      sync.Mutex // guards what follows
+	stopped bool       // r must not be called again
+	reading bool
 }
+
+// read reads from r unless the command has ended.
+func (in *input) read(p []byte) (n int, err error, ok bool) {
+	in.mu.Lock()
+	if in.stopped {
+		in.mu.Unlock()
+		return 0, nil, false
+	}
+	in.reading = true
+	in.mu.Unlock()
+	n, err = in.r.Read(p)
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.reading = false
+	return n, err, !in.stopped
+}
+
+// stop makes sure that r is not called again, the connection being closed. It waits for run, unless a Read does not return in time.
+func (in *input) stop() {
+	in.mu.Lock()
+	in.stopped = true
+	reading := in.reading
+	in.mu.Unlock()
+	if !reading {
+		<-in.done
+		return
+	}
+	late := time.NewTimer(readGrace)
+	defer late.Stop()
+	select {
+	case <-in.done:
+	case <-late.C:
+	}
+}
+
+// readGrace is how long a Read of the caller's may go on after the command, so that a source that answers is not left with a reader.
+const readGrace = 100 * time.Millisecond
 
 // run copies until r or the connection ends. It outlives the command only in a Read that does not return.
 func (in *input) run() {
+	defer close(in.done)
 	newline := true // nothing, or a line, stands before the end
 	if in.r != nil {
 		// The first buffer is small: most inputs are short, or silent for long.
 		chunk := make([]byte, 4<<10)
 		for {
-			n, err := in.r.Read(chunk)
-			select {
-			case <-in.done:
+			n, err, ok := in.read(chunk)
+			if !ok {
 				return
-			default:
 			}
 			if n > 0 {
 				if in.conn.WriteMessage(websocket.BinaryMessage, chunk[:n]) != nil {
@@ -319,4 +428,17 @@ func (in *input) run() {
 	// The socket has to stay open and may not be closed before the command has ended: LXD's next ping would meet a closed one,
 	// and input that it has not read by then would be lost.
 	in.conn.WriteMessage(websocket.TextMessage, nil)
+}
+
+// discardPings throws away what LXD has sent on an input socket, which is nothing but pings, without waiting for more. Unread, they would
+// fill the buffers of a command that runs for days, and the kernel would cut the connection.
+func discardPings(ws *websocket.Conn) {
+	conn := ws.NetConn()
+	var buf [512]byte
+	conn.SetReadDeadline(time.Now().Add(time.Millisecond))
+	for range 16 {
+		if _, err := conn.Read(buf[:]); err != nil {
+			return
+		}
+	}
 }

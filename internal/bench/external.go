@@ -1,0 +1,129 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+)
+
+// command runs an external program as a Go program would that uses it: its output comes through a pipe. Its input is a file without
+// blocks, so that no copying of ours stands in its way.
+func command(stdin int64, out io.Writer, name string, args ...string) error {
+	cmd := exec.Command(name, args...)
+	cmd.Stdout = out
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	if stdin > 0 {
+		f, err := os.CreateTemp("", "transport-bench-zeros-")
+		if err != nil {
+			return err
+		}
+		os.Remove(f.Name())
+		defer f.Close()
+		if err := f.Truncate(stdin); err != nil {
+			return err
+		}
+		cmd.Stdin = f
+	}
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("%s: %w: %s", name, err, bytes.TrimSpace(stderr.Bytes()))
+	}
+	return nil
+}
+
+var errNoFiles = errors.New("is not measured with files")
+
+// lxcCommand is `lxc exec`.
+type lxcCommand struct{ instance string }
+
+func (l *lxcCommand) run(args []string, stdin int64, out io.Writer) error {
+	return command(stdin, out, "lxc", append([]string{"exec", "-T", l.instance, "--"}, args...)...)
+}
+
+func (l *lxcCommand) upload(string, string) error   { return errNoFiles }
+func (l *lxcCommand) download(string, string) error { return errNoFiles }
+func (l *lxcCommand) remove(string) error           { return errNoFiles }
+func (l *lxcCommand) usage() (cpuTime, error)       { return childrenCPU() }
+func (l *lxcCommand) close()                        {}
+
+// sshCommand is OpenSSH with a master connection that stays open, as whoever wants it fast runs it. Its CPU time
+// is the commands' and the master's, which does the encryption.
+type sshCommand struct {
+	server  *sshServer
+	control string
+	master  *exec.Cmd
+}
+
+func openSSH(server *sshServer, cipher string) (*sshCommand, error) {
+	s := &sshCommand{server: server, control: filepath.Join(server.Dir, fmt.Sprintf("master-%d", os.Getpid()))}
+	args := append(server.options(), "-M", "-N", "-o", "ControlPath="+s.control)
+	if cipher != "" {
+		args = append(args, "-c", cipher)
+	}
+	// The local command is run when the master is ready.
+	s.master = exec.Command("ssh", append(args, "-o", "PermitLocalCommand=yes", "-o", "LocalCommand=echo ready", server.host())...)
+	var stderr bytes.Buffer
+	s.master.Stderr = &stderr
+	ready, err := s.master.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := s.master.Start(); err != nil {
+		return nil, err
+	}
+	if _, err := io.ReadFull(ready, make([]byte, len("ready"))); err != nil {
+		s.close()
+		return nil, fmt.Errorf("ssh master: %s", bytes.TrimSpace(stderr.Bytes()))
+	}
+	return s, nil
+}
+
+func (s *sshCommand) run(args []string, stdin int64, out io.Writer) error {
+	quoted := make([]string, len(args))
+	for i, a := range args {
+		quoted[i] = "'" + strings.ReplaceAll(a, "'", `'\''`) + "'"
+	}
+	option := "-T"
+	if stdin == 0 {
+		option = "-n"
+	}
+	return command(stdin, out, "ssh", append(append(s.server.options(), option, "-o", "ControlPath="+s.control, s.server.host()), strings.Join(quoted, " "))...)
+}
+
+// place is where a remote file is: sshd serves the machine, not the instance.
+func (s *sshCommand) place(remote string) string {
+	return filepath.Join(s.server.Dir, filepath.Base(remote))
+}
+
+func (s *sshCommand) scp(from, to string) error {
+	return command(0, nil, "scp", append(s.server.options(), "-q", "-o", "ControlPath="+s.control, from, to)...)
+}
+
+func (s *sshCommand) upload(local, remote string) error {
+	return s.scp(local, s.server.host()+":"+s.place(remote))
+}
+
+func (s *sshCommand) download(remote, local string) error {
+	return s.scp(s.server.host()+":"+s.place(remote), local)
+}
+
+func (s *sshCommand) remove(remote string) error { return os.Remove(s.place(remote)) }
+
+func (s *sshCommand) usage() (cpuTime, error) {
+	commands, err := childrenCPU()
+	if err != nil {
+		return 0, err
+	}
+	master, err := processCPU(s.master.Process.Pid)
+	return commands + master, err
+}
+
+func (s *sshCommand) close() {
+	s.master.Process.Kill()
+	s.master.Wait()
+}

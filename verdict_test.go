@@ -1,0 +1,424 @@
+package transport_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	lxd "github.com/canonical/lxd/client"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/lxdtransport/transport"
+	"github.com/lxdtransport/transport/lxdtest"
+)
+
+// commands is what the fake's instances can run.
+func commands(p *lxdtest.Process) int {
+	switch p.Args[0] {
+	case "exit":
+		n, _ := strconv.Atoi(p.Args[1])
+		return n
+	case "echo":
+		fmt.Fprintln(p.Stdout, strings.Join(p.Args[1:], " "))
+		fmt.Fprintln(p.Stderr, "err")
+		return 0
+	case "cat":
+		io.Copy(p.Stdout, p.Stdin)
+		return 0
+	case "yes":
+		for {
+			if _, err := io.WriteString(p.Stdout, strings.Repeat("y\n", 4096)); err != nil {
+				return 1
+			}
+		}
+	case "wait":
+		fmt.Fprintln(p.Stdout, "up")
+		<-p.Context().Done()
+	}
+	return 127
+}
+
+// onFake runs a test over the fake in every version, over the socket and over HTTPS, with connect windows that a test can wait for.
+func onFake(t *testing.T, test func(t *testing.T, s *lxdtest.Server, host *transport.LXD)) {
+	t.Helper()
+	t.Parallel()
+	for _, v := range lxdtest.Versions() {
+		for _, secure := range []bool{false, true} {
+			if secure && v.Name != lxdtest.LXD50.Name && v.Name != lxdtest.LXD6.Name {
+				continue // the versions do not differ in this
+			}
+			t.Run(fmt.Sprintf("%s tls=%v", v.Name, secure), func(t *testing.T) {
+				t.Parallel()
+				s := lxdtest.NewUnstartedServer()
+				s.Version = v
+				s.Version.ConnectWindow = 2 * time.Second
+				s.Handler = commands
+				s.AddInstance(lxdtest.Instance{Name: "c1"})
+				if secure {
+					s.StartTLS()
+				} else {
+					s.Start()
+				}
+				t.Cleanup(s.Close)
+				test(t, s, newLXD(t, connect(t, s), "c1", nil))
+			})
+		}
+	}
+}
+
+func connect(t testing.TB, s *lxdtest.Server) lxd.InstanceServer {
+	t.Helper()
+	var server lxd.InstanceServer
+	var err error
+	if s.Socket != "" {
+		server, err = lxd.ConnectLXDUnix(s.Socket, &lxd.ConnectionArgs{SkipGetServer: true})
+	} else {
+		server, err = lxd.ConnectLXD(s.URL, &lxd.ConnectionArgs{SkipGetServer: true, TLSServerCert: s.ServerCert, TLSClientCert: s.ClientCert, TLSClientKey: s.ClientKey})
+	}
+	require.NoError(t, err)
+	return server
+}
+
+func TestVerdictInEveryVersion(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		for _, n := range []int{0, 1, 126, 127, 128, 137, 255} {
+			err := host.Exec(soon(t), transport.Command{Args: []string{"exit", strconv.Itoa(n)}})
+			if n == 0 {
+				assert.NoError(t, err)
+				continue
+			}
+			exit, ok := err.(*transport.ExitError)
+			if assert.True(t, ok, "%d: %v", n, err) {
+				assert.Equal(t, n, exit.Code)
+			}
+		}
+		in := strings.Repeat("0123456789", 100000)
+		var out bytes.Buffer
+		require.NoError(t, host.Exec(soon(t), transport.Command{Args: []string{"cat"}, Stdin: strings.NewReader(in), Stdout: &out}))
+		assert.True(t, in == out.String(), "%d bytes", out.Len())
+		for _, e := range s.Execs() {
+			for socket, n := range e.Dials {
+				assert.Equal(t, 1, n, "socket %s was dialled more than once", socket)
+			}
+		}
+	})
+}
+
+// exec runs a command under one fault and counts how often the server was asked to start it.
+func execUnder(t *testing.T, s *lxdtest.Server, host *transport.LXD, cmd transport.Command, faults ...lxdtest.Fault) error {
+	t.Helper()
+	s.Inject(faults...)
+	before := len(s.Execs())
+	err := host.Exec(soon(t), cmd)
+	assert.LessOrEqual(t, len(s.Execs())-before, 1, "the library starts nothing twice")
+	s.ClearFaults()
+	return err
+}
+
+func websocket(socket string, m lxdtest.Moment, do lxdtest.Action) lxdtest.Fault {
+	return lxdtest.Fault{Route: lxdtest.RouteWebsocket, Socket: socket, Moment: m, Do: do}
+}
+
+func TestOutputWithoutItsMark(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		for socket, name := range map[string]string{"1": "stdout", "2": "stderr"} {
+			for what, f := range map[string]lxdtest.Fault{
+				"no mark":        websocket(socket, lxdtest.OnMark, lxdtest.Drop),
+				"garbage":        websocket(socket, lxdtest.OnMark, lxdtest.GarbageFrame),
+				"text not empty": websocket(socket, lxdtest.OnMark, lxdtest.All(lxdtest.Raw([]byte{0x81, 1, 'x'}), lxdtest.Drop)),
+				"half a frame":   websocket(socket, lxdtest.OnMark, lxdtest.All(lxdtest.OversizedFrame(1<<40, 10), lxdtest.Drop)),
+			} {
+				var out, errOut bytes.Buffer
+				err := execUnder(t, s, host, transport.Command{Args: []string{"echo", "hi"}, Stdout: &out, Stderr: &errOut, WaitDelay: time.Second}, f)
+				assert.ErrorIs(t, err, transport.ErrOutputLost, "%s %s", socket, what)
+				assert.ErrorContains(t, err, name)
+				_, exited := transport.ExitCode(err)
+				assert.False(t, exited, "status 0 is not an ExitError: %v", err)
+				assert.True(t, strings.HasPrefix(out.String(), "hi\n"), "what arrived was written: %q", out.String())
+				assert.True(t, strings.HasPrefix(errOut.String(), "err\n"))
+			}
+		}
+	})
+}
+
+func TestMarkIsEnough(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		var out bytes.Buffer
+		require.NoError(t, execUnder(t, s, host, transport.Command{Args: []string{"echo", "hi"}, Stdout: &out},
+			websocket("1", lxdtest.OnMarked, lxdtest.Reset), websocket("2", lxdtest.OnMarked, lxdtest.Reset)))
+		assert.Equal(t, "hi\n", out.String())
+	})
+}
+
+func TestNotStarted(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		for name, f := range map[string]lxdtest.Fault{
+			"request refused":           {Route: lxdtest.RouteExec, Do: lxdtest.Refuse(500, "no")},
+			"request dropped":           {Route: lxdtest.RouteExec, Do: lxdtest.Drop},
+			"answer dropped":            {Route: lxdtest.RouteExec, Moment: lxdtest.OnResponse, Do: lxdtest.Drop},
+			"answer is garbage":         {Route: lxdtest.RouteExec, Moment: lxdtest.OnResponse, Do: lxdtest.Respond(202, "application/json", "{")},
+			"answer is something else":  {Route: lxdtest.RouteExec, Moment: lxdtest.OnResponse, Do: lxdtest.Respond(202, "text/html", "<html>")},
+			"answer without operation":  {Route: lxdtest.RouteExec, Moment: lxdtest.OnResponse, Do: lxdtest.Respond(202, "application/json", `{"type":"async","metadata":{}}`)},
+			"answer without secrets":    {Route: lxdtest.RouteExec, Moment: lxdtest.OnResponse, Do: lxdtest.Respond(202, "application/json", `{"type":"async","metadata":{"id":"x"}}`)},
+			"answer with null":          {Route: lxdtest.RouteExec, Moment: lxdtest.OnResponse, Do: lxdtest.Respond(202, "application/json", `{"type":"async","metadata":null}`)},
+			"answer with wrong types":   {Route: lxdtest.RouteExec, Moment: lxdtest.OnResponse, Do: lxdtest.Respond(202, "application/json", `{"type":"async","metadata":{"id":7}}`)},
+			"shutting down":             {Route: lxdtest.RouteExec, Do: lxdtest.Refuse(503, "LXD is shutting down")},
+			"socket refused":            websocket("1", lxdtest.OnRequest, lxdtest.Refuse(403, "Forbidden")),
+			"stdin refused":             websocket("0", lxdtest.OnRequest, lxdtest.Refuse(500, "no")),
+			"socket dropped":            websocket("2", lxdtest.OnRequest, lxdtest.Drop),
+			"socket answered otherwise": websocket("2", lxdtest.OnRequest, lxdtest.Respond(200, "text/plain", "hello")),
+		} {
+			s.Inject(f)
+			err := host.Exec(soon(t), transport.Command{Args: []string{"echo", "hi"}})
+			s.ClearFaults()
+			assert.ErrorIs(t, err, transport.ErrNotStarted, name)
+			assert.NotErrorIs(t, err, transport.ErrOutputLost, name)
+		}
+		for _, e := range s.Execs() {
+			assert.False(t, e.Started)
+		}
+		assert.NoError(t, host.Exec(soon(t), transport.Command{Args: []string{"echo", "hi"}}), "the transport still works")
+	})
+}
+
+// A dial of which nobody knows how it ended is not tried again.
+func TestSocketThatIsLostWhileConnecting(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		for _, socket := range []string{"0", "1", "2", "control"} {
+			err := execUnder(t, s, host, transport.Command{Args: []string{"wait"}}, websocket(socket, lxdtest.OnResponse, lxdtest.Drop))
+			assert.Error(t, err, socket)
+		}
+		for _, e := range s.Execs() {
+			for socket, n := range e.Dials {
+				assert.LessOrEqual(t, n, 1, "socket %s", socket)
+			}
+		}
+	})
+}
+
+// No command runs that could not be ended.
+func TestControlRefused(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		err := execUnder(t, s, host, transport.Command{Args: []string{"echo", "hi"}},
+			websocket("control", lxdtest.OnRequest, lxdtest.Refuse(500, "Only running operations can be connected")))
+		assert.ErrorIs(t, err, transport.ErrNotStarted)
+		for _, e := range s.Execs() {
+			assert.Zero(t, e.Dials["0"])
+		}
+	})
+}
+
+func TestOperationThatIsGone(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		gone := lxdtest.Refuse(404, "Operation not found")
+		err := execUnder(t, s, host, transport.Command{Args: []string{"echo", "hi"}},
+			lxdtest.Fault{Route: lxdtest.RouteWait, Do: gone}, lxdtest.Fault{Route: lxdtest.RouteOperation, Do: gone})
+		_, exited := transport.ExitCode(err)
+		assert.False(t, exited)
+		assert.ErrorContains(t, err, "status is not known")
+		assert.NotErrorIs(t, err, transport.ErrNotStarted)
+	})
+}
+
+// Requests that fail for a while do not hide the result.
+func TestWaitThatFailsAtFirst(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		for name, do := range map[string]lxdtest.Action{
+			"dropped":  lxdtest.Drop,
+			"refused":  lxdtest.Refuse(500, "context deadline exceeded"),
+			"garbage":  lxdtest.Respond(200, "application/json", "nonsense"),
+			"empty":    lxdtest.Respond(200, "application/json", ""),
+			"running":  lxdtest.Respond(200, "application/json", `{"type":"sync","metadata":{"status_code":103}}`),
+			"in error": lxdtest.Respond(200, "application/json", `{"type":"error","error_code":500,"error":"timeout"}`),
+		} {
+			err := execUnder(t, s, host, transport.Command{Args: []string{"exit", "3"}}, lxdtest.Fault{Route: lxdtest.RouteWait, Nth: 1, Do: do})
+			code, _ := transport.ExitCode(err)
+			assert.Equal(t, 3, code, "%s: %v", name, err)
+		}
+	})
+}
+
+func TestReturnThatIsNoStatus(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		for _, r := range []string{"-1", "256", "1e3", "0.5", `"0"`, "null", "true", "[]", "99999999999999999999"} {
+			body := `{"type":"sync","metadata":{"id":"x","status_code":200,"metadata":{"return":` + r + `}}}`
+			err := execUnder(t, s, host, transport.Command{Args: []string{"exit", "0"}}, lxdtest.Fault{Route: lxdtest.RouteWait, Do: lxdtest.Respond(200, "application/json", body)})
+			_, exited := transport.ExitCode(err)
+			assert.False(t, exited, "%s: %v", r, err)
+			assert.NotErrorIs(t, err, transport.ErrNotStarted, r)
+		}
+	})
+}
+
+func TestDaemonThatDies(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		up := make(chan struct{})
+		go func() { <-up; s.Die() }()
+		var out bytes.Buffer
+		w := writerFunc(func(p []byte) (int, error) {
+			defer close(up)
+			return out.Write(p)
+		})
+		err := host.Exec(soon(t), transport.Command{Args: []string{"wait"}, Stdout: w})
+		assert.ErrorIs(t, err, transport.ErrOutputLost)
+		_, exited := transport.ExitCode(err)
+		assert.False(t, exited)
+		assert.NotErrorIs(t, err, transport.ErrNotStarted)
+		assert.ErrorContains(t, err, "may still run")
+		assert.Equal(t, "up\n", out.String())
+		assert.NoError(t, host.Exec(soon(t), transport.Command{Args: []string{"exit", "0"}}), "with the daemon back")
+	})
+}
+
+// A server that does nothing any more cannot hold Exec beyond its bound.
+func TestServerThatStalls(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		for name, f := range map[string]lxdtest.Fault{
+			"request": {Route: lxdtest.RouteExec, Do: lxdtest.Stall},
+			"dial":    websocket("1", lxdtest.OnRequest, lxdtest.Stall),
+			"wait":    {Route: lxdtest.RouteWait, Do: lxdtest.Stall},
+			"control": websocket("control", lxdtest.OnReceive, lxdtest.Stall),
+			"mark":    websocket("1", lxdtest.OnMark, lxdtest.Stall),
+		} {
+			t.Run(name, func(t *testing.T) {
+				s.Inject(f)
+				defer s.ClearFaults()
+				ctx, cancel := context.WithTimeout(soon(t), 300*time.Millisecond)
+				defer cancel()
+				start := time.Now()
+				err := host.Exec(ctx, transport.Command{Args: []string{"wait"}, WaitDelay: 200 * time.Millisecond})
+				assert.ErrorIs(t, err, context.DeadlineExceeded)
+				assert.Less(t, time.Since(start), 8*time.Second)
+			})
+		}
+	})
+}
+
+// A stream that the server never ends is cut when the command has been over for WaitDelay.
+func TestMarkThatNeverComes(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		s.Inject(websocket("1", lxdtest.OnMark, lxdtest.Stall))
+		p, err := host.Start(soon(t), transport.Command{Args: []string{"wait"}, WaitDelay: 300 * time.Millisecond})
+		require.NoError(t, err)
+		require.NoError(t, p.Signal(transport.SIGTERM))
+		assert.ErrorIs(t, p.Wait(), transport.ErrOutputLost)
+	})
+}
+
+// Credentials and the socket's secret do not follow a redirect.
+func TestRedirect(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		asked := make(chan *http.Request, 10)
+		elsewhere := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { asked <- r }))
+		defer elsewhere.Close()
+		redirect := func(p *lxdtest.Point) lxdtest.Verdict {
+			p.Answer(http.StatusTemporaryRedirect, http.Header{"Location": {elsewhere.URL + "/x"}}, nil)
+			return lxdtest.Skip
+		}
+		for _, f := range []lxdtest.Fault{{Route: lxdtest.RouteExec, Do: redirect}, websocket("1", lxdtest.OnRequest, redirect)} {
+			err := execUnder(t, s, host, transport.Command{Args: []string{"exit", "0"}}, f)
+			assert.ErrorIs(t, err, transport.ErrNotStarted)
+		}
+		assert.Empty(t, asked)
+	})
+}
+
+// Connections that the server has closed meanwhile are no reason to fail.
+func TestKeptConnectionThatWasClosed(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		for range 5 {
+			require.NoError(t, host.Exec(soon(t), transport.Command{Args: []string{"exit", "0"}}))
+			s.CloseClientConnections()
+		}
+		ran := 0
+		for _, e := range s.Execs() {
+			if e.Started {
+				ran++
+			}
+		}
+		assert.Equal(t, 5, ran)
+	})
+}
+
+func TestManyOnTheFake(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		const n = 30
+		errs := make(chan error, n)
+		for i := range n {
+			go func() {
+				err := host.Exec(soon(t), transport.Command{Args: []string{"exit", strconv.Itoa(i)}})
+				if code, exited := transport.ExitCode(err); !exited || code != i {
+					errs <- fmt.Errorf("%d: %v", i, err)
+					return
+				}
+				errs <- nil
+			}()
+		}
+		for range n {
+			assert.NoError(t, <-errs)
+		}
+	})
+}
+
+// wrapper adds a token to every request, as wrappers of the official client's transport do.
+type wrapper struct {
+	transport *http.Transport
+	token     string
+}
+
+func (w wrapper) Transport() *http.Transport { return w.transport }
+
+func (w wrapper) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	r.Header.Set("Authorization", "Bearer "+w.token)
+	return w.transport.RoundTrip(r)
+}
+
+func TestBearerToken(t *testing.T) {
+	t.Parallel()
+	s := lxdtest.NewUnstartedServer()
+	s.Handler = commands
+	s.AddInstance(lxdtest.Instance{Name: "c1"})
+	s.Start()
+	t.Cleanup(s.Close)
+	server, err := lxd.ConnectLXDUnix(s.Socket, &lxd.ConnectionArgs{
+		SkipGetServer: true, UserAgent: "orchestrator/1",
+		TransportWrapper: func(t *http.Transport) lxd.HTTPTransporter {
+			return wrapper{t, "hunter2"}
+		},
+	})
+	require.NoError(t, err)
+	host := newLXD(t, server, "c1", nil)
+	require.NoError(t, host.Exec(soon(t), transport.Command{Args: []string{"exit", "0"}}))
+	routes := map[lxdtest.Route]int{}
+	for _, r := range s.Requests() {
+		routes[r.Route]++
+		assert.Equal(t, "Bearer hunter2", r.Header.Get("Authorization"), r.Path)
+		assert.Equal(t, "orchestrator/1", r.Header.Get("User-Agent"), r.Path)
+		assert.Empty(t, r.Header.Get("Origin"), r.Path)
+	}
+	assert.Equal(t, 4, routes[lxdtest.RouteWebsocket])
+	assert.Equal(t, 1, routes[lxdtest.RouteExec])
+}
+
+// Nothing is left open at the server, whatever happened.
+func TestNothingIsLeftOpen(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		host.Exec(soon(t), transport.Command{Args: []string{"echo", "hi"}})
+		host.Exec(soon(t), transport.Command{Args: []string{"cat"}, Stdin: errReader{errors.New("broken")}, WaitDelay: time.Second})
+		host.Exec(soon(t), transport.Command{Args: []string{"yes"}, Stdout: failingWriter{errors.New("full")}, WaitDelay: time.Second})
+		require.NoError(t, host.Close())
+		assert.Eventually(t, func() bool { return len(s.Open()) == 0 }, patience, 10*time.Millisecond, "%v", s.Open())
+		assert.False(t, slices.ContainsFunc(s.Execs(), func(e lxdtest.Exec) bool { return !e.Exited }))
+	})
+}
