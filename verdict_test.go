@@ -6,11 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"net/http/httptest"
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -420,5 +422,145 @@ func TestNothingIsLeftOpen(t *testing.T) {
 		require.NoError(t, host.Close())
 		assert.Eventually(t, func() bool { return len(s.Open()) == 0 }, patience, 10*time.Millisecond, "%v", s.Open())
 		assert.False(t, slices.ContainsFunc(s.Execs(), func(e lxdtest.Exec) bool { return !e.Exited }))
+	})
+}
+
+// A server that goes down while the command runs tells nothing about the command's start.
+func TestShutdownWhileItRuns(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		down := lxdtest.Refuse(503, "LXD is shutting down")
+		var out bytes.Buffer
+		err := execUnder(t, s, host, transport.Command{Args: []string{"echo", "ran"}, Stdout: &out},
+			lxdtest.Fault{Route: lxdtest.RouteWait, Do: down}, lxdtest.Fault{Route: lxdtest.RouteOperation, Do: down})
+		assert.Equal(t, "ran\n", out.String())
+		assert.Error(t, err)
+		assert.NotErrorIs(t, err, transport.ErrNotStarted, "a caller would run it twice")
+	})
+}
+
+// What the server said is not quoted where it may hold a secret.
+func TestAnswersAreNotQuoted(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		for _, body := range []string{`{"type":"async","metadata":{"metadata":{"fds":{"0":"hunter2`, `hunter2`, `{"operation":"hunter2"}`} {
+			err := execUnder(t, s, host, transport.Command{Args: []string{"exit", "0"}},
+				lxdtest.Fault{Route: lxdtest.RouteExec, Moment: lxdtest.OnResponse, Do: lxdtest.Respond(202, "application/json", body)})
+			assert.ErrorIs(t, err, transport.ErrNotStarted)
+			assert.NotContains(t, err.Error(), "hunter2")
+		}
+		var echoed string
+		echo := func(p *lxdtest.Point) lxdtest.Verdict {
+			echoed = p.Request.URL.Query().Get("secret")
+			return lxdtest.Refuse(403, "no "+echoed)(p)
+		}
+		err := execUnder(t, s, host, transport.Command{Args: []string{"exit", "0"}}, websocket("1", lxdtest.OnRequest, echo))
+		assert.ErrorIs(t, err, transport.ErrNotStarted)
+		require.NotEmpty(t, echoed)
+		assert.NotContains(t, err.Error(), echoed)
+	})
+}
+
+func TestWriterFailsAndContextEnds(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		full := errors.New("disk full")
+		ctx, cancel := context.WithCancel(soon(t))
+		defer cancel()
+		err := host.Exec(ctx, transport.Command{Args: []string{"wait"}, Stdout: writerFunc(func([]byte) (int, error) { cancel(); return 0, full })})
+		assert.ErrorIs(t, err, full)
+		assert.ErrorIs(t, err, context.Canceled)
+		_, exited := transport.ExitCode(err)
+		assert.True(t, exited, "%v", err)
+	})
+}
+
+// A status that comes later than WaitDelay after the end is not lost.
+func TestStatusThatComesLate(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		late := lxdtest.Delay(300 * time.Millisecond)
+		s.Inject(lxdtest.Fault{Route: lxdtest.RouteExec, Moment: lxdtest.OnFinal, Do: late})
+		p, err := host.Start(soon(t), transport.Command{Args: []string{"wait"}, WaitDelay: time.Millisecond})
+		require.NoError(t, err)
+		require.NoError(t, p.Signal(transport.SIGTERM))
+		code, exited := transport.ExitCode(p.Wait())
+		assert.True(t, exited)
+		assert.Equal(t, 143, code)
+	})
+}
+
+// The question for the working directory is bounded: the sockets have to be connected in time.
+func TestDirectoryThatCannotBeAskedFor(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		s.Inject(lxdtest.Fault{Route: lxdtest.RouteSFTP, Do: lxdtest.Stall})
+		start := time.Now()
+		err := host.Exec(soon(t), transport.Command{Args: []string{"exit", "0"}, Dir: "/src"})
+		assert.Less(t, time.Since(start), 10*time.Second)
+		if err != nil { // the connect window of this fake is as long
+			assert.ErrorIs(t, err, transport.ErrNotStarted)
+		}
+	})
+}
+
+// countingReader counts the Reads of an endless source.
+type countingReader struct{ n atomic.Int64 }
+
+func (r *countingReader) Read(p []byte) (int, error) {
+	r.n.Add(1)
+	return 1, nil
+}
+
+// After a failure the source is the caller's again.
+func TestUploadLeavesItsSourceAlone(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		var src countingReader
+		err := host.Upload(soon(t), "/no/such/file", &src, nil)
+		assert.ErrorIs(t, err, fs.ErrNotExist)
+		assert.Zero(t, src.n.Load(), "nothing was read for nothing")
+
+		ctx, cancel := context.WithCancel(soon(t))
+		defer cancel()
+		s.Inject(lxdtest.Fault{Route: lxdtest.RouteSFTP, Moment: lxdtest.OnReceive, Bytes: 1 << 10, Do: func(*lxdtest.Point) lxdtest.Verdict { cancel(); return lxdtest.Proceed }})
+		err = host.Upload(ctx, "/file", &src, nil)
+		assert.ErrorIs(t, err, context.Canceled)
+		n := src.n.Load()
+		assert.NoError(t, host.Exec(soon(t), transport.Command{Args: []string{"exit", "0"}}), "time passes")
+		assert.Equal(t, n, src.n.Load())
+		for _, f := range s.Files("c1") {
+			assert.NotContains(t, f.Path, ".transport-")
+		}
+	})
+}
+
+// A download whose writer does not return cannot hold the caller.
+func TestDownloadToAWriterThatBlocks(t *testing.T) {
+	t.Parallel()
+	s := lxdtest.NewServer()
+	defer s.Close()
+	s.AddInstance(lxdtest.Instance{Name: "c1"})
+	require.NoError(t, s.WriteFile("c1", "/file", make([]byte, 1<<20), 0o644))
+	host := newLXD(t, connect(t, s), "c1", nil)
+	w := &blocking{entered: make(chan struct{}), release: make(chan struct{})}
+	ctx, cancel := context.WithCancel(soon(t))
+	defer cancel()
+	go func() { <-w.entered; cancel() }()
+	err := host.Download(ctx, "/file", w, nil)
+	assert.ErrorIs(t, err, context.Canceled)
+	require.NoError(t, host.Close())
+	close(w.release)
+	assert.EqualValues(t, 1, w.calls.Load())
+}
+
+// The temporary file is nobody else's to read.
+func TestTemporaryFileIsPrivate(t *testing.T) {
+	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		seen := 0
+		err := host.Upload(soon(t), "/root/secret", io.LimitReader(zeros{}, 1<<20), &transport.UploadOptions{Mode: 0o644, Progress: func(int64) {
+			for _, f := range s.Files("c1") {
+				if strings.Contains(f.Path, ".transport-") {
+					seen++
+					assert.EqualValues(t, 0o600, f.Mode.Perm())
+				}
+			}
+		}})
+		require.NoError(t, err)
+		assert.NotZero(t, seen)
 	})
 }
