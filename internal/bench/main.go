@@ -1,3 +1,5 @@
+//go:build unix
+
 // Bench measures the LXD transport beside its peers, on a real LXD, in one run: the official Go client, the lxc command, and OpenSSH over
 // a sshd of its own on the loopback interface. All contestants take turns, round after round, and medians are reported, because
 // machines are busy: the ratios mean something where the times do not.
