@@ -30,7 +30,7 @@ import (
 )
 
 const goTest = `export PATH=$PATH:/usr/local/go/bin CGO_ENABLED=0 GOFLAGS='-mod=vendor -buildvcs=false' GOTOOLCHAIN=local
-go version && go vet ./... && go test -coverprofile=/root/cover.out ./...`
+go version && go vet ./... && go test -parallel 8 -coverprofile=/root/cover.out ./...`
 
 var (
 	dir    = flag.String("dir", ".", "the project")
