@@ -14,8 +14,8 @@ import (
 // LocalCommands is a [Handler] that runs real commands of this machine. dir is the directory that
 // stands for the instance's root, "" the instance's own [Instance.Root].
 //
-//   - The working directory is dir joined with the one that was asked for. Without one, or if
-//     there is none, it is dir/root where that exists, else dir. What was uploaded to /src/a is
+//   - The working directory is dir joined with the one that was asked for. Without one it is
+//     dir/root for root, where that exists, else dir, as it is if there is none. What was uploaded to /src/a is
 //     seen as a by a command that runs in /src.
 //   - An absolute path in argv[0] is looked up below dir first, then on this machine.
 //   - HOME is dir/root; PATH is this machine's unless the client has set one.
@@ -72,6 +72,9 @@ func localCommand(p *Process, root string) (*exec.Cmd, int) {
 		home = root
 	}
 	dir := home
+	if p.Env["HOME"] == "" { // another user's: LXD does not know it
+		dir = root
+	}
 	if p.Dir != "" {
 		if d := below(root, p.Dir); isDir(d) {
 			dir = d

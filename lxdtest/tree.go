@@ -176,9 +176,12 @@ func (t *tree) change(op, name string, mode *fs.FileMode, uid, gid int) error {
 		i.gid = gid
 	}
 	if disk.Mode()&fs.ModeSymlink == 0 {
-		real := i.mode.Perm() | 0o600
-		if disk.IsDir() {
-			real |= 0o100
+		real := i.mode.Perm()
+		if os.Geteuid() != 0 { // who could otherwise not use it any more
+			real |= 0o600
+			if disk.IsDir() {
+				real |= 0o100
+			}
 		}
 		if mode != nil {
 			if err := t.root.Chmod(rel, real); err != nil {

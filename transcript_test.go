@@ -1,0 +1,310 @@
+package transport_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/lxdtransport/transport"
+	"github.com/lxdtransport/transport/internal/reallxd"
+	"github.com/lxdtransport/transport/lxdtest"
+)
+
+var update = flag.Bool("update", false, "record testdata/transcripts anew, with the LXD that the environment names")
+
+// recordings has a directory for every server and in it a file for every command.
+const recordings = "testdata/transcripts"
+
+// dialogue is a command whose transcript is kept.
+type dialogue struct {
+	name   string
+	cmd    transport.Command
+	on     string                                                       // "": an instance that is running; stopped; nobody
+	typed  bool                                                         // Stdin is a pipe that then writes to
+	then   func(p transport.Process, in io.Writer, cancel func()) error // called when "ready" stands on stdout
+	onlyOn string                                                       // the fake needs this system for it
+}
+
+// A terminal lingers until its output has arrived, because LXD 5.0 may lose what is written just before the end.
+var dialogues = []dialogue{
+	{name: "true", cmd: transport.Command{Args: []string{"true"}}},
+	{name: "outputs", cmd: sh(`echo out; echo err >&2`)},
+	{name: "exit-3", cmd: sh(`echo out; exit 3`)},
+	{name: "exit-126", cmd: sh(`exit 126`)},
+	{name: "exit-127", cmd: sh(`exit 127`)},
+	{name: "not-found", cmd: transport.Command{Args: []string{"/no/such/command"}}},
+	{name: "not-executable", cmd: transport.Command{Args: []string{"/tmp"}}},
+	{name: "cat", cmd: transport.Command{Args: []string{"cat"}, Stdin: strings.NewReader("one\ntwo\x00\xff")}},
+	{name: "cat-nothing", cmd: transport.Command{Args: []string{"cat"}}},
+	{name: "environment", cmd: transport.Command{Args: transport.Shell(`echo "$A $1"`, "a b"), Env: map[string]string{"A": "x y"}}},
+	{name: "terminal", onlyOn: "linux", typed: true, then: func(_ transport.Process, in io.Writer, _ func()) error {
+		_, err := io.WriteString(in, "go on\n")
+		return err
+	}, cmd: transport.Command{Args: transport.Shell(`stty -echo; stty size; echo ready; read line; exit 4`), TTY: &transport.TTY{Size: transport.TerminalSize{Cols: 100, Rows: 30}}}},
+	{name: "term", cmd: sh(`echo ready; exec sleep 1000`), then: func(p transport.Process, _ io.Writer, _ func()) error {
+		return p.Signal(transport.SIGTERM)
+	}},
+	{name: "kill", cmd: sh(`echo ready; exec sleep 1000`), then: func(p transport.Process, _ io.Writer, _ func()) error {
+		return p.Signal(transport.SIGKILL)
+	}},
+	{name: "cancelled", cmd: patient(sh(`trap "" TERM; echo ready; exec sleep 1000`)), then: func(_ transport.Process, _ io.Writer, cancel func()) error {
+		cancel()
+		return nil
+	}},
+	{name: "no-such-instance", on: "nobody", cmd: transport.Command{Args: []string{"true"}}},
+	{name: "stopped", on: "stopped", cmd: transport.Command{Args: []string{"true"}}},
+}
+
+// patient makes a command be killed soon after its context has ended.
+func patient(cmd transport.Command) transport.Command {
+	cmd.WaitDelay = 10 * time.Millisecond
+	return cmd
+}
+
+// TestTranscripts has the transport talk to recordings of real servers, compares what the fake says with them, and, where the environment
+// names an LXD of the same version, what that says today. With -update it records.
+func TestTranscripts(t *testing.T) {
+	real := ""
+	if reallxd.Available() {
+		info, _, err := reallxd.Unix(t).GetServer()
+		require.NoError(t, err)
+		real = "lxd-" + info.Environment.ServerVersion
+	}
+	if *update {
+		reallxd.Need(t)
+		record(t, real)
+	}
+	dirs, err := os.ReadDir(recordings)
+	require.NoError(t, err)
+	require.NotEmpty(t, dirs)
+	for _, dir := range dirs {
+		version := versionOf(dir.Name())
+		require.NotNil(t, version, "%s: lxdtest has no such server", dir.Name())
+		for _, d := range dialogues {
+			want := readTranscript(t, filepath.Join(recordings, dir.Name(), d.name+".txt"))
+			t.Run(dir.Name()+"/"+d.name, func(t *testing.T) {
+				t.Run("replayed", func(t *testing.T) {
+					t.Parallel()
+					replay(t, d, want)
+				})
+				t.Run("fake", func(t *testing.T) {
+					if runtime.GOOS == "windows" || d.onlyOn != "" && d.onlyOn != runtime.GOOS {
+						t.Skip("the fake runs this machine's commands, and this one needs another")
+					}
+					t.Parallel()
+					same(t, want, onFakeServer(t, d, *version))
+				})
+				if real == dir.Name() && !*update {
+					t.Run("real", func(t *testing.T) {
+						t.Parallel()
+						same(t, want, onRealServer(t, d))
+					})
+				}
+			})
+		}
+	}
+}
+
+func versionOf(dir string) *lxdtest.Version {
+	for _, v := range lxdtest.Versions() {
+		if strings.ToLower(strings.ReplaceAll(v.Name, " ", "-")) == dir {
+			return &v
+		}
+	}
+	return nil
+}
+
+// transcript is what was said, and what the caller got.
+type transcript struct {
+	verdict, stdout, stderr string
+	events                  []event
+}
+
+func same(t *testing.T, want, got transcript) {
+	t.Helper()
+	assert.Equal(t, want.result(), got.result())
+	assert.Equal(t, perConnection(want.events), perConnection(got.events), "expected is the recording")
+}
+
+// result is the header of a file.
+func (r transcript) result() string {
+	return fmt.Sprintf("verdict: %s\nstdout: %s\nstderr: %s", r.verdict, quote(r.stdout), quote(r.stderr))
+}
+
+func record(t *testing.T, server string) {
+	dir := filepath.Join(recordings, server)
+	require.NoError(t, os.RemoveAll(dir))
+	require.NoError(t, os.MkdirAll(dir, 0o755))
+	for _, d := range dialogues {
+		tr := onRealServer(t, d)
+		var b bytes.Buffer
+		fmt.Fprintf(&b, "# %s, recorded by: go test -run TestTranscripts . -update\n%s\n\n", server, tr.result())
+		for _, e := range tr.events {
+			fmt.Fprintln(&b, e)
+		}
+		require.NoError(t, os.WriteFile(filepath.Join(dir, d.name+".txt"), b.Bytes(), 0o644))
+	}
+}
+
+func readTranscript(t *testing.T, file string) transcript {
+	b, err := os.ReadFile(file)
+	require.NoError(t, err, "it is recorded with -update and a real LXD")
+	var tr transcript
+	for line := range strings.Lines(string(b)) {
+		line = strings.TrimSuffix(line, "\n")
+		key, value, _ := strings.Cut(line, ":")
+		switch key {
+		case "verdict":
+			tr.verdict = strings.TrimSpace(value)
+		case "stdout", "stderr":
+			text, err := strconv.Unquote(strings.TrimSpace(value))
+			require.NoError(t, err, "%s: %s", file, line)
+			if key == "stdout" {
+				tr.stdout = text
+			} else {
+				tr.stderr = text
+			}
+		default:
+			if line == "" || strings.HasPrefix(line, "#") {
+				continue
+			}
+			e, err := parseEvent(line)
+			require.NoError(t, err, "%s: %s", file, line)
+			tr.events = append(tr.events, e)
+		}
+	}
+	return tr
+}
+
+// onRealServer has a dialogue with the LXD that the environment names.
+func onRealServer(t *testing.T, d dialogue) transcript {
+	t.Helper()
+	instance := "nobody"
+	switch d.on {
+	case "":
+		instance = reallxd.Instance(t)
+	case "stopped":
+		s := reallxd.Unix(t)
+		instance = reallxd.Create(t, s)
+		defer reallxd.Delete(t, s, instance)
+	}
+	return recorded(t, d, os.Getenv("TRANSPORT_LXD_SOCKET"), instance)
+}
+
+func onFakeServer(t *testing.T, d dialogue, version lxdtest.Version) transcript {
+	t.Helper()
+	s := lxdtest.NewUnstartedServer()
+	s.Version = version
+	s.Handler = lxdtest.LocalCommands("")
+	s.AddInstance(lxdtest.Instance{Name: "c1"})
+	s.AddInstance(lxdtest.Instance{Name: "stopped", Status: lxdtest.Stopped})
+	s.Start()
+	t.Cleanup(s.Close)
+	instance := d.on
+	if instance == "" {
+		instance = "c1"
+	}
+	return recorded(t, d, s.Socket, instance)
+}
+
+func recorded(t *testing.T, d dialogue, upstream, instance string) transcript {
+	t.Helper()
+	r := newRecorder(t, upstream, instance)
+	socket, stop := listen(t, r.serve)
+	tr := d.run(t, socket, instance)
+	stop()
+	tr.events = r.events
+	return tr
+}
+
+func replay(t *testing.T, d dialogue, want transcript) {
+	p := newPlayer(t, soon(t), want.events)
+	socket, stop := listen(t, p.serve)
+	got := d.run(t, socket, "INSTANCE")
+	stop()
+	assert.Equal(t, want.result(), got.result())
+	p.complete()
+}
+
+// run runs the command.
+func (d dialogue) run(t *testing.T, socket, instance string) (tr transcript) {
+	t.Helper()
+	host, err := transport.NewLXD(offline(t, socket), instance, nil)
+	require.NoError(t, err)
+	defer func() { assert.NoError(t, host.Close()) }()
+	ctx, cancel := context.WithCancel(soon(t))
+	defer cancel()
+	cmd, stdout, stderr := d.cmd, newPrompt(), new(bytes.Buffer)
+	cmd.Stdout, cmd.Stderr = stdout, stderr
+	if r, ok := cmd.Stdin.(*strings.Reader); ok {
+		again := *r // every run reads it from its beginning
+		cmd.Stdin = &again
+	}
+	in, typing := io.Pipe()
+	defer typing.Close()
+	if d.typed {
+		cmd.Stdin = in
+	}
+	p, err := host.Start(ctx, cmd)
+	if err == nil && d.then != nil {
+		select {
+		case <-stdout.ready:
+			assert.NoError(t, d.then(p, typing, cancel))
+		case <-ctx.Done():
+			assert.Fail(t, "the command has not become ready", "%q", stdout.buf.String())
+		}
+	}
+	if err == nil {
+		err = p.Wait()
+	}
+	return transcript{verdict: verdictOf(err), stdout: stdout.buf.String(), stderr: stderr.String()}
+}
+
+// prompt is a buffer that says when "ready" stands in it.
+type prompt struct {
+	buf   bytes.Buffer
+	ready chan struct{}
+	once  sync.Once
+}
+
+func newPrompt() *prompt { return &prompt{ready: make(chan struct{})} }
+
+func (p *prompt) Write(b []byte) (int, error) {
+	defer func() {
+		if bytes.Contains(p.buf.Bytes(), []byte("ready")) {
+			p.once.Do(func() { close(p.ready) })
+		}
+	}()
+	return p.buf.Write(b)
+}
+
+// verdictOf names what an error matches.
+func verdictOf(err error) string {
+	var all []string
+	if code, exited := transport.ExitCode(err); exited {
+		all = append(all, fmt.Sprintf("exit %d", code))
+	}
+	for _, known := range []error{transport.ErrNotStarted, transport.ErrOutputLost, transport.ErrNotRunning, transport.ErrNoHost, transport.ErrUnauthorized, context.Canceled} {
+		if errors.Is(err, known) {
+			all = append(all, strings.TrimPrefix(known.Error(), "transport: "))
+		}
+	}
+	if all == nil {
+		return "other: " + err.Error()
+	}
+	return strings.Join(all, ", ")
+}
