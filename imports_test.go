@@ -34,7 +34,7 @@ var (
 // table is the architecture: who may import whom. A folder without a row is an error.
 var table = []row{
 	{folder: ".", files: []string{"transport.go"}},
-	{folder: ".", imports: append(lxdClient, module+"/internal", "github.com/gorilla/websocket", "github.com/pkg/sftp"), tests: append(testing_, module, module+"/lxdtest")},
+	{folder: ".", imports: append(lxdClient, module+"/internal", "github.com/gorilla/websocket", "github.com/pkg/sftp"), tests: append(testing_, module, module+"/lxdtest", module+"/transporttest")},
 	{folder: "internal/sftp", tests: append(testing_, "github.com/pkg/sftp")},
 	{folder: "internal/reallxd", imports: lxdClient},
 	{folder: "internal/bench", free: true},

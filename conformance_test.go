@@ -1,0 +1,57 @@
+//go:build slow
+
+package transport_test
+
+import (
+	"testing"
+
+	lxd "github.com/canonical/lxd/client"
+
+	"github.com/lxdtransport/transport"
+	"github.com/lxdtransport/transport/internal/reallxd"
+	"github.com/lxdtransport/transport/lxdtest"
+	"github.com/lxdtransport/transport/transporttest"
+)
+
+// conforms runs the suite over LXD transports into one instance.
+func conforms(t *testing.T, server lxd.InstanceServer, instance string, caps ...transporttest.Capability) {
+	t.Helper()
+	transporttest.Run(t, func(t *testing.T) transport.Transport {
+		host, err := transport.NewLXD(server, instance, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return host
+	}, append(caps, transporttest.Start, transporttest.Signals, transporttest.TTY)...)
+}
+
+func TestConformanceOnTheFake(t *testing.T) {
+	t.Parallel()
+	for _, v := range lxdtest.Versions() {
+		t.Run(v.Name, func(t *testing.T) {
+			t.Parallel()
+			s := lxdtest.NewUnstartedServer()
+			s.Version = v
+			s.Handler = lxdtest.LocalCommands("")
+			s.AddInstance(lxdtest.Instance{Name: "c1"})
+			s.Start()
+			t.Cleanup(s.Close)
+			var caps []transporttest.Capability
+			if v.ChildGrace > 0 {
+				caps = append(caps, transporttest.EarlyStatus)
+			}
+			conforms(t, connect(t, s), "c1", caps...)
+		})
+	}
+}
+
+func TestConformanceOnLXD(t *testing.T) {
+	t.Parallel()
+	instance := reallxd.Instance(t)
+	for _, s := range reallxd.Servers(t) {
+		t.Run(s.Name, func(t *testing.T) {
+			t.Parallel()
+			conforms(t, s, instance, transporttest.Users)
+		})
+	}
+}

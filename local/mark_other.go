@@ -1,0 +1,7 @@
+//go:build !linux
+
+package local
+
+func newMark() string { return "" }
+
+func killMarked(string) {}

@@ -1,0 +1,176 @@
+//go:build unix && slow
+
+package transporttest_test
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+
+	"github.com/lxdtransport/transport/local"
+	"github.com/lxdtransport/transport/transporttest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// broken is a transport with one fault, and the cases that it must fail: these and no others.
+type broken struct {
+	name  string
+	trips []string
+	wrap  func(w *wrapper) // replaces methods of a transport that keeps all promises
+}
+
+// exact asks for a proof that takes minutes of processor time: that a broken transport fails no other cases than its own.
+var exact = os.Getenv("TRANSPORTTEST_EXACT") != ""
+
+// TestEveryBrokenTransportIsCaughtByName runs over every broken transport the cases that it must fail, and with
+// TRANSPORTTEST_EXACT=1 all that use one of the methods that are broken.
+func TestEveryBrokenTransportIsCaughtByName(t *testing.T) {
+	needRoot(t)
+	t.Parallel()
+	var uses map[string]map[string]bool
+	patience, soon := 8*time.Second, 3*time.Second
+	if exact {
+		patience, soon = 20*time.Second, 8*time.Second
+		uses = methodsOfCases(t)
+	}
+	// Many cases wait for what does not come: more run at the same time than there are processors.
+	places := make(chan struct{}, 16)
+	type outcome struct{ failed, texts []string }
+	var outcomes []chan outcome
+	for _, b := range brokenTransports() {
+		c := make(chan outcome, 1)
+		outcomes = append(outcomes, c)
+		go func() { // waited for below
+			model := new(wrapper)
+			b.wrap(model)
+			var mu sync.Mutex
+			var o outcome
+			var all sync.WaitGroup
+			for _, r := range transporttest.Rows() {
+				if !exact && !slices.Contains(b.trips, r.Name) {
+					continue
+				}
+				if exact && !slices.ContainsFunc(model.replaced(), func(m string) bool { return uses[r.Name][m] }) {
+					continue // it is as good as local
+				}
+				places <- struct{}{}
+				all.Go(func() {
+					defer func() { <-places }()
+					w, done := newHost(t)
+					defer done()
+					b.wrap(w)
+					if err := r.Check(w, patience, soon); err != nil {
+						mu.Lock()
+						defer mu.Unlock()
+						o.failed = append(o.failed, r.Name)
+						o.texts = append(o.texts, fmt.Sprintf("%s: %.300v", r.Name, err))
+					}
+				})
+			}
+			all.Wait()
+			c <- o
+		}()
+	}
+	for i, b := range brokenTransports() {
+		o := <-outcomes[i]
+		t.Run(b.name, func(t *testing.T) {
+			slices.Sort(o.texts)
+			assert.ElementsMatch(t, b.trips, o.failed, strings.Join(o.texts, "\n"))
+		})
+	}
+}
+
+// methodsOfCases runs every case over a transport that keeps all promises and notes which methods it calls.
+func methodsOfCases(t *testing.T) map[string]map[string]bool {
+	all := map[string]map[string]bool{}
+	for _, r := range transporttest.Rows() {
+		w, done := newHost(t)
+		var mu sync.Mutex
+		all[r.Name] = map[string]bool{}
+		w.called = func(method string) {
+			mu.Lock()
+			defer mu.Unlock()
+			all[r.Name][method] = true
+		}
+		assert.NoError(t, r.Check(w, 30*time.Second, 10*time.Second), r.Name)
+		done()
+	}
+	return all
+}
+
+// TestEveryCaseCanFail keeps cases out of the suite that nothing fails.
+func TestEveryCaseCanFail(t *testing.T) {
+	t.Parallel()
+	tripped := map[string]bool{}
+	for _, b := range brokenTransports() {
+		for _, name := range b.trips {
+			tripped[name] = true
+		}
+	}
+	for _, r := range transporttest.Rows() {
+		assert.True(t, tripped[r.Name], "no broken transport trips %s", r.Name)
+		delete(tripped, r.Name)
+	}
+	assert.Empty(t, tripped, "these cases do not exist")
+}
+
+func TestRowsAreNamed(t *testing.T) {
+	t.Parallel()
+	seen := map[string]bool{}
+	for _, r := range transporttest.Rows() {
+		assert.False(t, seen[r.Name], "%s is there twice", r.Name)
+		seen[r.Name] = true
+		assert.Regexp(t, `^(exec|start|signal|resize|tty|upload|download|files|close)/\S+$`, r.Name)
+		assert.NotEmpty(t, r.Why, r.Name)
+	}
+	assert.GreaterOrEqual(t, len(seen), 45)
+}
+
+func newHost(t *testing.T) (w *wrapper, done func()) {
+	dir, err := os.MkdirTemp("", "broken")
+	require.NoError(t, err)
+	require.NoError(t, os.Chmod(dir, 0o755))
+	host, err := local.New(dir, nil)
+	require.NoError(t, err)
+	w = &wrapper{host: host, dir: dir, unblock: make(chan struct{})}
+	return w, func() {
+		close(w.unblock)
+		assert.NoError(t, host.Close())
+		killIn(dir)
+		assert.NoError(t, os.RemoveAll(dir))
+	}
+}
+
+// killIn kills what broken transports have left behind: all that runs in a directory.
+func killIn(dir string) {
+	names, _ := filepath.Glob("/proc/[0-9]*/cwd")
+	for _, name := range names {
+		if cwd, err := os.Readlink(name); err == nil && strings.HasPrefix(cwd, dir) {
+			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(name)))
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}
+}
+
+// needRoot skips where not all capabilities are there: an expected failure that cannot happen is none.
+func needRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, for the cases with users")
+	}
+	if _, err := os.Stat("/proc/self/environ"); err != nil {
+		t.Skip("needs Linux, for terminals and strays")
+	}
+}

@@ -1,0 +1,199 @@
+// Package transporttest tests implementations of [transport.Transport]. It holds every promise of that
+// interface as a case with a name, so that transports do not drift apart:
+//
+//	func TestConformance(t *testing.T) {
+//		transporttest.Run(t, func(t *testing.T) transport.Transport {
+//			host, err := mine.Dial(…)
+//			if err != nil {
+//				t.Fatal(err)
+//			}
+//			return host
+//		}, transporttest.Start, transporttest.Signals)
+//	}
+//
+// The host has to be a POSIX system with /bin/sh and cat, chmod, head, id, kill, ls, mkdir, mkfifo, printf, pwd, rm, sleep, test,
+// tr, wc, and for [TTY] stty, in the PATH that a command gets: those of busybox will do. Every case makes a directory of its own
+// below /tmp of the host, which is made if it is missing, and removes it. A command that runs with Dir /tmp/x has to find the file that
+// was uploaded to /tmp/x/f as f; absolute paths in arguments may mean something else.
+//
+// A case that fails says what was promised and what happened. Cases wait for what has to happen and not
+// for time to pass; the few that show that something does not happen give it half a second.
+package transporttest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/lxdtransport/transport"
+)
+
+// Capability is something that not every transport or host has. What is declared is tested; what is not is skipped
+// by name, and never found out by trying.
+type Capability string
+
+const (
+	// Start: the transport is a [transport.Starter].
+	Start Capability = "Start"
+
+	// Signals: Process.Signal and Command.CancelSignal deliver any POSIX signal, to the command alone. Without it
+	// CancelSignal TERM and KILL have to work all the same.
+	Signals Capability = "Signals"
+
+	// TTY: Command.TTY gives a terminal; with [Start] also Process.Resize.
+	TTY Capability = "TTY"
+
+	// WholeTTY: what a command writes to its terminal just before it exits always arrives. LXD 5.0 loses some of it now and
+	// then, and says nothing, so that nobody can know.
+	WholeTTY Capability = "WholeTTY"
+
+	// Users: commands run as root unless Command.User says otherwise, and files can be given to anyone.
+	Users Capability = "Users"
+
+	// Children: when ctx ends, the processes that the command has started end with it.
+	Children Capability = "Children"
+
+	// Strays: when ctx ends, what the command left behind is found even if it has moved to a session of its own. The host
+	// needs setsid.
+	Strays Capability = "Strays"
+
+	// EarlyStatus: the command's status is known while something that it left behind holds its output open. LXD before
+	// 5.0.3 keeps it back until the last holder has ended.
+	EarlyStatus Capability = "EarlyStatus"
+)
+
+// row is one promise.
+type row struct {
+	name  string
+	why   string // whose bug it is elsewhere, or what breaks without it
+	needs []Capability
+	run   func(context.Context, transport.Transport) error
+}
+
+// patience is how long a case may take: much longer than any does, on a busy machine.
+const patience = 2 * time.Minute
+
+// soon is "a few seconds" of the contract, with room for a busy machine.
+const soon = 20 * time.Second
+
+// Run tests a transport. new is called for every case and returns a transport to the same or another host, which the case closes. caps
+// are what it is capable of besides the promises that all transports keep. The cases are parallel subtests; what new has to give back belongs
+// into t.Cleanup. Besides what its name says, every case fails if its transport leaves a goroutine behind when
+// it has been closed.
+func Run(t *testing.T, new func(t *testing.T) transport.Transport, caps ...Capability) {
+	t.Helper()
+	for _, r := range rows() {
+		t.Run(r.name, func(t *testing.T) {
+			if missing := r.missing(caps); missing != nil {
+				t.Skipf("needs the capabilities %v, which were not declared", missing)
+			}
+			t.Parallel()
+			if err := check(r, new(t), limits{patience, soon}); err != nil {
+				t.Errorf("%v\n(%s)", err, r.why)
+			}
+		})
+	}
+}
+
+func rows() []row {
+	var all []row
+	for _, some := range [][]row{
+		execRows, outputRows, inputRows, valueRows, cancelRows, leftRows, startRows, terminalRows,
+		uploadRows, uploadErrorRows, downloadRows, fileRows, closeRows,
+	} {
+		all = append(all, some...)
+	}
+	return all
+}
+
+func (r row) missing(caps []Capability) []Capability {
+	var missing []Capability
+needs:
+	for _, need := range r.needs {
+		for _, c := range caps {
+			if c == need {
+				continue needs
+			}
+		}
+		missing = append(missing, need)
+	}
+	return missing
+}
+
+// limits are the times of a case.
+type limits struct {
+	patience time.Duration // for the case
+	soon     time.Duration // for one call that has to return
+}
+
+// bench is what a case works with besides its transport.
+type bench struct {
+	limits
+	label   string         // of its goroutines
+	scratch string         // the directory, once it was made
+	atEnd   []func() error // run after the transport was closed and its goroutines have ended
+}
+
+type benchKey struct{}
+
+func benchOf(ctx context.Context) *bench { return ctx.Value(benchKey{}).(*bench) }
+
+// check runs a case and closes its transport.
+func check(r row, host transport.Transport, l limits) error {
+	label, inLabel := newLabel()
+	b := &bench{limits: l, label: label}
+	done := make(chan error, 1)
+	go inLabel(func() { // waited for below, unless the transport holds it for ever
+		ctx, cancel := context.WithTimeoutCause(context.Background(), l.patience, errPatience)
+		defer cancel()
+		err := r.run(context.WithValue(ctx, benchKey{}, b), host)
+		if err == nil && ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		done <- errors.Join(err, finish(host, b))
+	})
+	hard := time.NewTimer(l.patience + l.soon)
+	defer hard.Stop()
+	select {
+	case err := <-done:
+		if err != nil {
+			return err
+		}
+	case <-hard.C:
+		return fmt.Errorf("the case has not returned %v after its context had ended; its goroutines:\n%s", l.soon, strings.Join(labelled(label), "\n\n"))
+	}
+	if left := leftGoroutines(label, l.soon); left != nil {
+		return fmt.Errorf("%d goroutines are left after Close:\n%s", len(left), strings.Join(left, "\n\n"))
+	}
+	for _, f := range b.atEnd {
+		if err := f(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+var errPatience = errors.New("the case took too long")
+
+// finish removes the scratch directory and closes the transport.
+func finish(host transport.Transport, b *bench) error {
+	ctx, cancel := context.WithTimeout(context.Background(), b.soon)
+	defer cancel()
+	var err error
+	if b.scratch != "" {
+		err = host.Exec(ctx, transport.Command{Args: []string{"rm", "-rf", strings.TrimPrefix(b.scratch, "/")}, Dir: "/"})
+		if errors.Is(err, transport.ErrClosed) {
+			err = nil // by the case itself
+		}
+		if err != nil {
+			err = fmt.Errorf("removing %s: %w", b.scratch, err)
+		}
+	}
+	if closeErr := host.Close(); closeErr != nil {
+		err = errors.Join(err, fmt.Errorf("closing the transport: %w", closeErr))
+	}
+	return err
+}
