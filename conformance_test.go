@@ -1,5 +1,3 @@
-//go:build slow
-
 package transport_test
 
 import (

@@ -261,7 +261,7 @@ func (x *execution) run() {
 	}
 	p := x.process
 	x.s.lifecycle("instance-exec", x.instance, map[string]any{"command": x.req.Command})
-	x.s.spawn("process "+strconv.Quote(x.req.Command[0])+" of operation "+x.op.id, func() { p.run(x.instance.handler()) })
+	x.s.spawn("process "+strconv.Quote(x.req.Command[0])+" of operation "+x.op.id, func() { p.run(x.handler()) })
 	x.strike(OnStart)
 	select {
 	case <-p.exited:
@@ -275,6 +275,17 @@ func (x *execution) run() {
 	wait()
 	x.strike(OnFinal)
 	x.finish(p.code)
+}
+
+// handler is what runs. LXD's agent in a virtual machine does not start a command whose working directory is
+// not there, where a container's runs it in /.
+func (x *execution) handler() Handler {
+	if x.instance.Type == VM && x.req.Cwd != "" {
+		if info, err := x.instance.tree.stat(x.req.Cwd); err != nil || !info.IsDir() {
+			return func(*Process) int { return 127 }
+		}
+	}
+	return x.instance.handler()
 }
 
 // finish tells the result.

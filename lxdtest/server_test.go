@@ -1,7 +1,6 @@
 package lxdtest_test
 
 import (
-	"bytes"
 	"fmt"
 	"io"
 	"log"
@@ -362,9 +361,9 @@ func TestRequestor(t *testing.T) {
 // TestClose: Close ends everything, says what holds it up, and can be called twice.
 func TestClose(t *testing.T) {
 	t.Parallel()
-	var out bytes.Buffer
+	said := make(chan string, 1)
 	s := lxdtest.NewUnstartedServer()
-	s.ErrorLog = log.New(&out, "", 0)
+	s.ErrorLog = log.New(writerFunc(func(p []byte) (int, error) { said <- string(p); return len(p), nil }), "", 0)
 	release := make(chan struct{})
 	s.AddInstance(lxdtest.Instance{Name: "c1", Handler: func(p *lxdtest.Process) int { <-release; return 0 }})
 	s.Start()
@@ -382,6 +381,13 @@ func TestClose(t *testing.T) {
 		e.ended(n)
 	}
 	require.Contains(t, strings.Join(s.Open(), "\n"), `process "stubborn"`)
+	select {
+	case text := <-said:
+		require.Contains(t, text, "blocked in Close after 5 seconds")
+		require.Contains(t, text, `process "stubborn"`)
+	case <-time.After(patience):
+		require.Fail(t, "Close has not said what it waits for")
+	}
 	close(release)
 	closers.Wait()
 	require.Empty(t, s.Open())
@@ -404,7 +410,15 @@ func TestVirtualMachine(t *testing.T) {
 	s.SetStatus("", "v1", lxdtest.Stopped)
 	e.finish()
 	require.Contains(t, w.transcript(), `"return":-1`)
+	w = fakeWire(t, s, "v1")
+	s.SetStatus("", "v1", lxdtest.Running)
+	w.exec(ws(`["x"],"cwd":"/not/there"`)).all().finish()
+	require.Contains(t, w.transcript(), `"return":127`)
 	w = fakeWire(t, s, "v2")
 	w.exec(ws(`["x"]`)).all().finish()
 	require.Contains(t, w.transcript(), "agent isn't currently running")
 }
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }

@@ -1,4 +1,4 @@
-//go:build unix && slow
+//go:build unix
 
 package transporttest_test
 
@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -188,6 +189,9 @@ func unmark(cmd *transport.Command, word, before string) {
 		return
 	}
 	script := strings.ReplaceAll(cmd.Args[2], "sleep 60", before+"sleep 60")
+	if before != "" {
+		script = strings.ReplaceAll(script, "echo up", "sleep 0.3; echo up") // until it has
+	}
 	// The environment that counts is the one that a process began with.
 	cmd.Args = transport.Shell(`for v in $(env | sed -n 's/^\(TRANSPORT_COMMAND_[A-Z0-9]*\)=.*/\1/p'); do unset $v; done; exec /bin/sh -c "$1"`, script)
 }
@@ -301,8 +305,14 @@ func brokenStarts() []broken {
 		}},
 		{"does not end a terminal's input", []string{"tty/stdin-ends"}, func(w *wrapper) {
 			changed(w, func(cmd *transport.Command) {
-				if cmd.TTY != nil && cmd.Validate() == nil && (cmd.Stdin != nil || cmd.Args[0] == "cat") {
-					cmd.Stdin = reader(func([]byte) (int, error) { <-w.unblock; return 0, errors.New("late") })
+				if in := cmd.Stdin; cmd.TTY != nil && cmd.Validate() == nil && in != nil {
+					cmd.Stdin = reader(func(p []byte) (int, error) {
+						n, err := in.Read(p)
+						if err == io.EOF {
+							<-w.unblock
+						}
+						return n, err
+					})
 				}
 			})
 		}},

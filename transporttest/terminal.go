@@ -12,10 +12,13 @@ import (
 
 // displays runs a shell command with a terminal, which has to print something. It stays until that was seen: see [WholeTTY].
 func displays(ctx context.Context, host transport.Transport, want string, cmd transport.Command) error {
-	out, stay := newScreen(), newBlocked()
-	defer stay.unblock()
-	cmd.Args[2] += "; cat >/dev/null"
-	cmd.Stdout, cmd.Stdin = out, stay
+	dir, err := scratch(ctx, host)
+	if err != nil {
+		return err
+	}
+	out := newScreen()
+	cmd.Args[2] += "; while [ ! -e seen ]; do sleep 0.05; done; rm seen"
+	cmd.Stdout, cmd.Dir = out, dir
 	done := execute(ctx, host, cmd)
 	if err := out.shows(ctx, want); err != nil {
 		return err
@@ -23,7 +26,9 @@ func displays(ctx context.Context, host transport.Transport, want string, cmd tr
 	if err := equal("what the terminal shows", out.String(), want); err != nil {
 		return err
 	}
-	stay.unblock()
+	if err := run(ctx, host, in(dir, sh("echo >seen"))); err != nil {
+		return err
+	}
 	result, err := returns(ctx, done)
 	return errors.Join(err, result)
 }
