@@ -167,7 +167,7 @@ func (t *LXD) start(caller context.Context, cmd Command) (_ *execution, err erro
 
 	// LXD runs a command whose directory does not exist in "/", without a word. The question goes beside the request.
 	dir := make(chan error, 1)
-	if cmd.Dir != "" {
+	if cmd.Dir != "" && cmd.Dir != "/" {
 		go func() { dir <- t.checkDir(e.ctx, cmd.Dir) }() // waited for below
 	} else {
 		dir <- nil

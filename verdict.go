@@ -99,6 +99,8 @@ func (b *edges) Write(p []byte) (int, error) {
 	return n, nil
 }
 
+func (b *edges) String() string { return string(b.Bytes()) }
+
 // Bytes returns what was kept, with a line in the place of what was not.
 func (b *edges) Bytes() []byte {
 	b.mu.Lock()
