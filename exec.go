@@ -1,10 +1,12 @@
 package transport
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"reflect"
@@ -44,7 +46,7 @@ const (
 
 // Exec runs a command in the instance. See [Transport].
 func (t *LXD) Exec(ctx context.Context, cmd Command) error {
-	e, err := t.start(ctx, cmd)
+	e, err := t.start(ctx, cmd, callersCommand)
 	if err != nil {
 		return err
 	}
@@ -53,7 +55,7 @@ func (t *LXD) Exec(ctx context.Context, cmd Command) error {
 
 // Start runs a command in the instance, in the background. See [Starter].
 func (t *LXD) Start(ctx context.Context, cmd Command) (Process, error) {
-	e, err := t.start(ctx, cmd)
+	e, err := t.start(ctx, cmd, callersCommand)
 	if err != nil {
 		return nil, err
 	}
@@ -101,6 +103,7 @@ type execution struct {
 	ctx    context.Context // ends with that, and with an error of the caller's reader or writers
 	cancel context.CancelCauseFunc
 	end    func() // gives back what start took
+	mark   string // of its processes; "": none
 	id     string // of the operation
 
 	conns   []*websocket.Conn // set before the goroutines start, as are the next three
@@ -128,10 +131,27 @@ type execution struct {
 	next        *time.Timer // the next step after interrupt
 	drain       *time.Timer // looks after outputs that do not end
 	copyErr     error       // the first
+	sweep       *sweep      // what the command left behind is being killed, or has been
 }
 
+// sweep is the killing of what a command left behind.
+type sweep struct {
+	done   chan struct{} // closed when result is set
+	cancel context.CancelFunc
+	alive  bool // the command's own process was to be killed, too
+	result reaped
+}
+
+// purpose says on whose behalf a command runs.
+type purpose bool
+
+const (
+	callersCommand  purpose = false
+	internalCommand purpose = true // one of ours, on behalf of one of the caller's, also after Close has begun
+)
+
 // start requests the command and connects its sockets.
-func (t *LXD) start(caller context.Context, cmd Command) (_ *execution, err error) {
+func (t *LXD) start(caller context.Context, cmd Command, what purpose) (_ *execution, err error) {
 	e := &execution{t: t, cmd: cmd, caller: caller}
 	defer func() {
 		if err != nil {
@@ -141,9 +161,12 @@ func (t *LXD) start(caller context.Context, cmd Command) (_ *execution, err erro
 			}
 		}
 	}()
-	outer, end, err := t.begin(caller)
-	if err != nil {
-		return nil, notStarted(err)
+	outer, end := caller, func() {}
+	if what == callersCommand {
+		e.mark = newMark()
+		if outer, end, err = t.begin(caller); err != nil {
+			return nil, notStarted(err)
+		}
 	}
 	e.end, e.outer = end, outer
 	if err := cmd.Validate(); err != nil {
@@ -156,14 +179,16 @@ func (t *LXD) start(caller context.Context, cmd Command) (_ *execution, err erro
 	if e.ctx.Err() != nil {
 		return nil, notStarted(context.Cause(e.ctx))
 	}
-	if err := acquire(e.ctx, t.execs); err != nil {
-		return nil, notStarted(err)
+	if what == callersCommand {
+		if err := acquire(e.ctx, t.execs); err != nil {
+			return nil, notStarted(err)
+		}
+		e.end = func() { release(t.execs); end() }
+		if err := acquire(e.ctx, t.starts); err != nil {
+			return nil, notStarted(err)
+		}
+		defer release(t.starts)
 	}
-	e.end = func() { release(t.execs); end() }
-	if err := acquire(e.ctx, t.starts); err != nil {
-		return nil, notStarted(err)
-	}
-	defer release(t.starts)
 
 	// LXD runs a command whose directory does not exist in "/", without a word. The question goes beside the request.
 	dir := make(chan error, 1)
@@ -238,22 +263,23 @@ func (e *execution) request() (map[string]string, error) {
 		Command:     cmd.Args,
 		WaitForWS:   true,
 		Interactive: cmd.TTY != nil,
-		Environment: cmd.Env,
+		Environment: maps.Clone(cmd.Env),
 		Cwd:         cmd.Dir,
+	}
+	if post.Environment == nil {
+		post.Environment = map[string]string{}
 	}
 	if cmd.User != nil {
 		post.User, post.Group = cmd.User.UID, cmd.User.GID
 	}
 	if tty := cmd.TTY; tty != nil {
 		post.Width, post.Height = int(tty.Size.Cols), int(tty.Size.Rows)
-		term := tty.Term
-		if term == "" {
-			term = "xterm"
+		if _, set := cmd.Env["TERM"]; !set {
+			post.Environment["TERM"] = cmp.Or(tty.Term, "xterm")
 		}
-		post.Environment = map[string]string{"TERM": term}
-		for name, value := range cmd.Env {
-			post.Environment[name] = value
-		}
+	}
+	if e.mark != "" {
+		post.Environment[markPrefix+e.mark] = "1"
 	}
 	var op operation
 	if err := e.t.rest.call(e.ctx, http.MethodPost, e.t.path("/exec"), e.t.query(), post, &op); err != nil {
@@ -438,6 +464,15 @@ func (e *execution) run() error {
 	case <-e.drained:
 	case <-e.cutoff:
 	}
+	e.mu.Lock()
+	s := e.sweep
+	e.mu.Unlock()
+	if s != nil {
+		select {
+		case <-s.done:
+		case <-e.cutoff:
+		}
+	}
 	stop()
 	e.finish()
 	err := e.verdict(f)
@@ -462,6 +497,9 @@ func (e *execution) finish() {
 		if t != nil {
 			t.Stop()
 		}
+	}
+	if e.sweep != nil {
+		e.sweep.cancel()
 	}
 	e.mu.Unlock()
 	e.giveUp()
@@ -533,6 +571,9 @@ func (e *execution) exit() {
 		return
 	}
 	e.exited = time.Now()
+	if e.interrupted {
+		e.clean(false)
+	}
 	if e.killed {
 		return // it was we who closed the control socket; cutOff comes
 	}
@@ -585,9 +626,18 @@ func (e *execution) cutOutputs() {
 
 // interrupt is called when ctx has ended.
 func (e *execution) interrupt() {
+	if e.mark == "" {
+		e.cutOff()
+		return
+	}
 	e.step(func() {
 		e.mu.Lock()
+		if e.finished {
+			e.mu.Unlock()
+			return
+		}
 		if !e.exited.IsZero() {
+			e.clean(false)
 			e.next = time.AfterFunc(e.waitDelay(), e.cutOff)
 			e.mu.Unlock()
 			return
@@ -607,21 +657,54 @@ func (e *execution) interrupt() {
 	})
 }
 
-// kill ends the command's process in both ways that LXD knows.
+// kill ends the command's process in all ways that there are: with all that descends from it, and then in both ways that LXD knows.
 func (e *execution) kill() {
 	e.step(func() {
 		e.mu.Lock()
-		if e.killed {
+		if e.killed || e.finished {
 			e.mu.Unlock()
 			return
 		}
 		e.killed = true
 		e.next.Stop()
-		e.next = time.AfterFunc(killGrace, e.cutOff)
+		e.next = time.AfterFunc(reapFirst+killGrace, e.cutOff)
+		s := e.clean(e.exited.IsZero())
 		e.mu.Unlock()
+		first := time.NewTimer(reapFirst)
+		defer first.Stop()
+		select {
+		case <-s.done:
+		case <-first.C:
+		case <-e.cutoff:
+		}
 		e.control.signal(signals[SIGKILL])
 		abort(e.control.conn)
 	})
+}
+
+// clean begins to kill what the command has left behind; alive says that this has to include itself. mu is held.
+func (e *execution) clean(alive bool) *sweep {
+	before := e.sweep
+	ctx, cancel := context.WithCancel(context.WithoutCancel(e.caller))
+	s := &sweep{done: make(chan struct{}), cancel: cancel, alive: alive}
+	e.sweep = s
+	e.steps.Go(func() {
+		defer close(s.done)
+		if before != nil { // what it has found counts, and may have more to do now
+			<-before.done
+			before.cancel()
+		}
+		s.result = e.t.reaper.reap(ctx, e.mark)
+		if before == nil {
+			return
+		}
+		if s.result.err != nil && before.result.err == nil {
+			s.result = reaped{left: before.result.left}
+		}
+		s.result.killed += before.result.killed
+		s.alive = s.alive || before.alive
+	})
+	return s
 }
 
 // cutOff ends the wait for the outputs and for the operation.

@@ -328,7 +328,7 @@ func TestWriterThatFails(t *testing.T) {
 			cmd := sh("echo good; echo bad >&2; exec sleep 1000")
 			cmd.Stdout, cmd.Stderr = &good, failingWriter{full}
 			if !stderr {
-				cmd = sh("echo bad; echo good >&2; exec sleep 1000")
+				cmd = sh("echo good >&2; echo bad; exec sleep 1000")
 				cmd.Stdout, cmd.Stderr = failingWriter{full}, &good
 			}
 			err := host.Exec(soon(t), cmd)

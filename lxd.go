@@ -1,6 +1,7 @@
 package transport
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
@@ -12,6 +13,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"time"
 
 	lxd "github.com/canonical/lxd/client"
 )
@@ -37,6 +39,11 @@ type LXDOptions struct {
 	// MaxExecs is the most commands that run at the same time on this transport; others wait for their turn in
 	// the order in which they came. 0: no limit.
 	MaxExecs int
+
+	// Liveness is how long the server may be silent while a command runs, before it is taken for dead: a server or a link that vanished without
+	// a word, or a member of a cluster that hangs behind one that does not. The error then says that the command may still run. A command
+	// that prints nothing, and a writer that takes nothing, are no silence of the server's, which is asked again and again. At least 3 s; 0: a minute.
+	Liveness time.Duration
 }
 
 // LXD is the [Transport] into one instance, container or virtual machine, of an LXD server. It is a [Starter]. A
@@ -46,6 +53,10 @@ type LXDOptions struct {
 //
 //   - Signals go to the command's process alone, as LXD delivers them (they are sent over the control socket);
 //     its children are not signalled.
+//   - When ctx ends, what the command has started is killed after it by a second command, which needs /bin/sh and /proc in the
+//     instance. It is recognised by a variable TRANSPORT_COMMAND_… in its environment, and by descent from a process that has it.
+//     A process that has changed its environment, and whose parents have ended, is not found; nothing stops such a one but
+//     the end of its instance.
 //   - LXD reports a command that was ended by signal n with status 128+n, so that [ExitError].Signal is always "".
 //   - LXD before 5.0.3 tells a command's status only when the last process that holds its output has ended. When that
 //     takes longer than WaitDelay after the command's own end, the status is unknown and the error says so.
@@ -57,8 +68,10 @@ type LXD struct {
 	rest     *restClient
 	log      *slog.Logger
 
-	execs  chan struct{} // a place for every running command; nil: no limit
-	starts chan struct{} // a place for every command that is being connected
+	liveness time.Duration
+	reaper   reaper
+	execs    chan struct{} // a place for every running command; nil: no limit
+	starts   chan struct{} // a place for every command that is being connected
 
 	closing context.Context // ends with Close, cause ErrClosed
 	close   context.CancelCauseFunc
@@ -92,6 +105,8 @@ func NewLXD(server lxd.InstanceServer, instance string, opts *LXDOptions) (*LXD,
 		return fail(errors.New("the instance's name is empty"))
 	case strings.ContainsAny(instance, "/?#\x00"), instance == ".", instance == "..":
 		return fail(errors.New("that is no instance's name; commands run in instances, not in snapshots"))
+	case opts.Liveness != 0 && opts.Liveness < minLiveness:
+		return fail(fmt.Errorf("LXDOptions.Liveness is %v, less than %v", opts.Liveness, minLiveness))
 	case opts.MaxExecs < 0:
 		return fail(fmt.Errorf("LXDOptions.MaxExecs is negative: %d", opts.MaxExecs))
 	}
@@ -99,7 +114,7 @@ func NewLXD(server lxd.InstanceServer, instance string, opts *LXDOptions) (*LXD,
 	if err != nil {
 		return fail(err)
 	}
-	t := &LXD{instance: instance, project: rest.project, rest: rest, log: opts.Logger, starts: make(chan struct{}, maxStarts)}
+	t := &LXD{instance: instance, project: rest.project, rest: rest, log: opts.Logger, liveness: cmp.Or(opts.Liveness, defaultLiveness), starts: make(chan struct{}, maxStarts)}
 	if t.log == nil {
 		t.log = slog.New(slog.DiscardHandler)
 	}
@@ -107,6 +122,7 @@ func NewLXD(server lxd.InstanceServer, instance string, opts *LXDOptions) (*LXD,
 	if opts.MaxExecs > 0 {
 		t.execs = make(chan struct{}, opts.MaxExecs)
 	}
+	t.reaper.run = t.runReaper
 	t.closing, t.close = context.WithCancelCause(context.Background())
 	return t, nil
 }

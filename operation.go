@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -62,19 +63,17 @@ func (f fate) notStarted() bool {
 }
 
 const (
-	// askEvery is the longest that one request waits for an operation: below the minute after which proxies commonly cut a
-	// silent connection.
-	askEvery = 45 * time.Second
-	// askSlack is how much longer its answer may take.
-	askSlack = 15 * time.Second
+	// defaultLiveness is what a LXDOptions.Liveness of 0 means. A third of it is how long one request waits: below the minute after which
+	// proxies commonly cut a silent connection.
+	defaultLiveness = time.Minute
+	// minLiveness is the shortest: LXD counts the time that it is asked to wait in whole seconds.
+	minLiveness = 3 * time.Second
 	// askPause is between requests when they fail at once.
 	askPause = 250 * time.Millisecond
 
 	// forgetAfter is how long LXD remembers an operation that has ended. When the link to a command has ended there is no
 	// point in asking for longer.
 	forgetAfter = 5 * time.Second
-	// deafAfter is how long requests may fail while the command's own sockets stand.
-	deafAfter = time.Minute
 )
 
 var errGone = errors.New("LXD does not know the operation any more: it was restarted, or asked more than 5 s after the command's end")
@@ -84,14 +83,16 @@ var errGone = errors.New("LXD does not know the operation any more: it was resta
 // followed by a plain question.
 func (t *LXD) waitOperation(ctx context.Context, id string, linked func() bool) fate {
 	path := "/1.0/operations/" + url.PathEscape(id)
-	wait := url.Values{"timeout": {strconv.Itoa(int(askEvery / time.Second))}}
-	var failing time.Time // since when no answer has come
+	every := t.liveness / 3 // and as much again for the answer to come, and for another try
+	wait := url.Values{"timeout": {strconv.Itoa(int(every / time.Second))}}
+	failing := time.Now() // since when no answer has come
 	last := errors.New("no answer has come")
 	for {
 		asked := time.Now()
-		op, err := t.getOperation(ctx, path+"/wait", wait, askEvery+askSlack)
+		left := t.liveness - time.Since(failing)
+		op, err := t.getOperation(ctx, path+"/wait", wait, min(2*every, left))
 		if no := (*apiError)(nil); errors.As(err, &no) {
-			op, err = t.getOperation(ctx, path, nil, askSlack)
+			op, err = t.getOperation(ctx, path, nil, every)
 			if errors.As(err, &no) && no.code == http.StatusNotFound {
 				return fate{err: errGone}
 			}
@@ -102,19 +103,16 @@ func (t *LXD) waitOperation(ctx context.Context, id string, linked func() bool) 
 		case ctx.Err() != nil:
 			return fate{err: last}
 		case err == nil:
-			failing = time.Time{}
+			failing = time.Now()
 			last = errors.New("LXD says that it is running")
 		default:
 			last = err
-			if failing.IsZero() {
-				failing = time.Now()
-			}
-			patience := deafAfter
+			patience := t.liveness
 			if !linked() {
-				patience = forgetAfter
+				patience = min(patience, forgetAfter)
 			}
 			if time.Since(failing) >= patience {
-				return fate{err: err}
+				return fate{err: fmt.Errorf("the server has not answered for %v: %w", time.Since(failing).Round(time.Second), err)}
 			}
 		}
 		if time.Since(asked) < askPause {

@@ -181,6 +181,7 @@ var (
 	anySocket = regexp.MustCompile(`"(\w+)":"([0-9a-f]{64})"`)
 	anySecret = regexp.MustCompile(`[0-9a-f]{64}`)
 	anyID     = regexp.MustCompile(`[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}`)
+	anyMark   = regexp.MustCompile(`TRANSPORT_COMMAND_[A-Z2-7]{26}`)
 	anyConfig = regexp.MustCompile(`"((?:expanded_)?config)":\{(?:"(?:[^"\\]|\\.)*":"(?:[^"\\]|\\.)*",?)*\}`) // the instance's, not the server's
 	anyTime   = regexp.MustCompile(`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`)
 )
@@ -199,6 +200,7 @@ func (r *recorder) normal(s string) string {
 		}
 		return fmt.Sprintf("ID-%d", slices.Index(r.ids, id)+1)
 	})
+	s = anyMark.ReplaceAllString(s, "TRANSPORT_COMMAND_MARK")
 	s = anyConfig.ReplaceAllString(anyTime.ReplaceAllString(s, "TIME"), `"$1":{}`)
 	return strings.ReplaceAll(s, r.instance, "INSTANCE")
 }
@@ -424,6 +426,7 @@ func (p *player) serve(conn *net.UnixConn) {
 			if len(said) == 0 {
 				said = p.hear(name, in, e)
 			}
+			said[0].payload = anyMark.ReplaceAllString(said[0].payload, "TRANSPORT_COMMAND_MARK")
 			if !assert.Equal(p.t, e.String(), said[0].String(), "the recording has another line") {
 				p.stop()
 				return

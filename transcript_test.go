@@ -245,6 +245,7 @@ func (d dialogue) run(t *testing.T, socket, instance string) (tr transcript) {
 	t.Helper()
 	host, err := transport.NewLXD(offline(t, socket), instance, nil)
 	require.NoError(t, err)
+	transport.NoReaping(host)
 	defer func() { assert.NoError(t, host.Close()) }()
 	ctx, cancel := context.WithCancel(soon(t))
 	defer cancel()

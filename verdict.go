@@ -1,6 +1,7 @@
 package transport
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -48,6 +49,9 @@ func (e *execution) verdict(f fate) error {
 	if e.copyErr != nil {
 		errs = append(errs, e.copyErr)
 	}
+	if e.sweep != nil {
+		errs = append(errs, errors.New(e.ending(f)))
+	}
 	if len(errs) == 0 {
 		return nil
 	}
@@ -59,6 +63,28 @@ func (e *execution) verdict(f fate) error {
 		texts[i] = strings.TrimPrefix(err.Error(), "transport: ")
 	}
 	return e.wrap(&causes{text: strings.Join(texts, "; "), errs: slices.Clip(errs)})
+}
+
+// ending says what the end of ctx has led to, as far as that is confirmed.
+func (e *execution) ending(f fate) string {
+	sig := cmp.Or(e.cmd.CancelSignal, SIGTERM)
+	how := "its end was not confirmed"
+	switch number, _ := signalNumber(sig); {
+	case !f.exited:
+	case !e.interrupted:
+		how = "it had ended by itself"
+	case e.killed && f.code == 128+signals[SIGKILL]:
+		how = "it was ended by KILL"
+	case f.code == 128+number:
+		how = "it was ended by " + string(sig)
+	default:
+		how = fmt.Sprintf("it ended by itself after %s", sig)
+	}
+	left := e.sweep.result
+	if e.sweep.alive && left.killed > 0 {
+		left.killed--
+	}
+	return how + "; " + left.String()
 }
 
 // unknown says what is known of a command whose status is not.
