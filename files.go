@@ -8,7 +8,6 @@ import (
 	"io"
 	"io/fs"
 	"math"
-	"net/http"
 	"path"
 	"strings"
 	"sync"
@@ -165,49 +164,17 @@ func (t *LXD) transfer(ctx context.Context, check func() error, f func(context.C
 	if err := check(); err != nil {
 		return err
 	}
-	s, err := t.openSFTP(ctx)
+	s, err := t.session(ctx, false)
 	switch {
 	case err == errNoSFTP:
 		return f(ctx, nil)
 	case err != nil:
 		return orCause(ctx, err)
 	}
-	defer s.close()
-	return f(ctx, s)
-}
-
-// session is an SFTP connection. LXD up to 5.0.2 does not stop an instance while there is one: it is opened late and closed soon.
-type session struct {
-	*sftp.Client
-	stop func() bool
-}
-
-func (s *session) close() {
-	s.stop()
-	s.Client.Close()
-}
-
-// openSFTP opens a session. When ctx has ended, there is time to clean up; then the connection is cut.
-func (t *LXD) openSFTP(ctx context.Context) (*session, error) {
-	if ctx.Err() != nil {
-		return nil, context.Cause(ctx)
-	}
-	conn, err := t.rest.upgrade(ctx, t.path("/sftp"), t.query(), "sftp")
-	if no := (*apiError)(nil); errors.As(err, &no) && no.code == http.StatusNotFound {
-		// Either the instance or the endpoint.
-		if err := t.explain(ctx, err); errors.Is(err, ErrNoHost) {
-			return nil, err
-		}
-		return nil, errNoSFTP
-	}
-	if err != nil {
-		return nil, t.explain(ctx, err)
-	}
-	c, err := sftp.New(ctx, conn)
-	if err != nil {
-		return nil, err
-	}
-	return &session{c, context.AfterFunc(ctx, func() { time.AfterFunc(cleanUpTime, func() { conn.Close() }) })}, nil
+	err = f(ctx, s)
+	// Of one that was broken off there may be requests that nobody waits for.
+	t.release(s, err != nil && ctx.Err() != nil)
+	return err
 }
 
 // upload is one file on its way up.
@@ -290,7 +257,7 @@ func (u *upload) create(ctx context.Context) error {
 	}
 	err := open()
 	if errors.Is(err, fs.ErrNotExist) && u.opts.MkdirAll {
-		if err := u.mkdirAll(ctx, dir); err != nil {
+		if _, err := u.s.mkdirAll(ctx, dir, u.opts.Owner); err != nil {
 			return err
 		}
 		err = open()
@@ -320,33 +287,34 @@ func parent(name string) string {
 	return "/"
 }
 
-func (u *upload) mkdirAll(ctx context.Context, dir string) error {
-	have, err := u.s.Stat(ctx, dir)
+// mkdirAll creates a directory and those above it, and reports whether there was none.
+func (s *session) mkdirAll(ctx context.Context, dir string, owner *User) (fresh bool, err error) {
+	have, err := s.Stat(ctx, dir)
 	switch {
 	case err == nil && have.Mode&sftp.TypeMask == sftp.TypeDirectory:
-		return nil
+		return false, nil
 	case err == nil:
-		return fmt.Errorf("%s: %w", dir, syscall.ENOTDIR)
+		return false, fmt.Errorf("%s: %w", dir, syscall.ENOTDIR)
 	case !errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("%s: %w", dir, err)
+		return false, fmt.Errorf("%s: %w", dir, err)
 	}
 	if dir != "/" {
-		if err := u.mkdirAll(ctx, parent(dir)); err != nil {
-			return err
+		if _, err := s.mkdirAll(ctx, parent(dir), owner); err != nil {
+			return false, err
 		}
 	}
-	if err := u.s.Mkdir(ctx, dir, 0o755); err != nil {
-		if now, statErr := u.s.Stat(ctx, dir); statErr == nil && now.Mode&sftp.TypeMask == sftp.TypeDirectory {
-			return nil // somebody else was faster
+	if err := s.Mkdir(ctx, dir, 0o755); err != nil {
+		if now, statErr := s.Stat(ctx, dir); statErr == nil && now.Mode&sftp.TypeMask == sftp.TypeDirectory {
+			return false, nil // somebody else was faster
 		}
-		return fmt.Errorf("directory %s: %w", dir, err)
+		return false, fmt.Errorf("directory %s: %w", dir, err)
 	}
-	if o := u.opts.Owner; o != nil {
-		if err := u.s.Setstat(ctx, dir, sftp.Attrs{Has: sftp.HasOwner, UID: o.UID, GID: o.GID}); err != nil {
-			return fmt.Errorf("owner of directory %s: %w", dir, err)
+	if owner != nil {
+		if err := s.Setstat(ctx, dir, sftp.Attrs{Has: sftp.HasOwner, UID: owner.UID, GID: owner.GID}); err != nil {
+			return false, fmt.Errorf("owner of directory %s: %w", dir, err)
 		}
 	}
-	return u.s.Setstat(ctx, dir, sftp.Attrs{Has: sftp.HasMode, Mode: 0o755}) // whatever the server's umask is
+	return true, s.Setstat(ctx, dir, sftp.Attrs{Has: sftp.HasMode, Mode: 0o755}) // whatever the server's umask is
 }
 
 const special = 0o7000 // setuid, setgid, sticky
@@ -406,14 +374,16 @@ func (u *upload) cleanUp(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanUpTime)
 	defer cancel()
 	if u.file != nil {
-		u.file.Close(ctx)
+		u.file.AskClose()
 	}
-	err := u.s.Remove(ctx, u.tmp)
+	half, cancelHalf := context.WithTimeout(ctx, cleanUpTime/2)
+	defer cancelHalf()
+	err := u.s.Remove(half, u.tmp)
 	if err != nil && !errors.As(err, new(*sftp.StatusError)) {
-		var s *session
-		if s, err = u.t.openSFTP(ctx); err == nil {
-			defer s.close()
-			err = s.Remove(ctx, u.tmp)
+		var c *sftp.Client
+		if c, err = u.t.openSFTP(ctx); err == nil {
+			defer c.Close()
+			err = c.Remove(ctx, u.tmp)
 		}
 	}
 	switch {
@@ -706,12 +676,12 @@ func (in *source) stop() {
 func (t *LXD) checkDir(ctx context.Context, dir string) error {
 	ctx, cancel := within(ctx, dirPatience)
 	defer cancel()
-	s, err := t.openSFTP(ctx)
+	s, err := t.session(ctx, false)
 	if err != nil {
 		return nil
 	}
-	defer s.close()
 	a, err := s.Stat(ctx, dir)
+	t.release(s, ctx.Err() != nil)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return &fs.PathError{Op: "chdir", Path: dir, Err: err}

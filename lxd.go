@@ -66,6 +66,7 @@ type LXD struct {
 	instance string
 	project  string
 	rest     *restClient
+	sessions sessions
 	log      *slog.Logger
 
 	liveness time.Duration
@@ -135,6 +136,7 @@ func (t *LXD) Close() error {
 	t.mu.Unlock()
 	t.close(ErrClosed)
 	t.running.Wait()
+	t.sessions.close()
 	t.rest.http.CloseIdleConnections()
 	return nil
 }

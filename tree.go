@@ -76,7 +76,8 @@ type TreeDownloader interface {
 //
 // Names, contents, the permission bits 0777 and modification times, in whole seconds, arrive as they are, of directories too,
 // empty ones included; setuid, setgid and the sticky bit do not. A file that exists is replaced, a directory is filled. What is neither regular file,
-// directory nor symbolic link is left out and reported to Skipped. A hard link is a file of its own.
+// directory nor symbolic link is left out and reported to Skipped. A hard link is a file of its own. Where the host has a file and the tree a
+// directory, that is an error; a bsdtar, and on an error GNU's tar, has replaced the file nevertheless.
 //
 // The tree goes as one tar stream through the host's own tar (GNU, busybox or bsdtar) if it has one. Otherwise it goes over SFTP
 // where the transport has that, as the one of LXD: this works for stopped instances and those without a shell, too. The last resort are

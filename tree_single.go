@@ -32,7 +32,7 @@ mk "$d"`
 const singleEnd = `{ [ -z "$3" ] || chown "$3" "$1"; } && chmod "$2" "$1" && { touch -d "@$4" "$1" 2>/dev/null || :; }`
 
 // singleLink makes $1 a symbolic link to $2.
-const singleLink = `rm -f "$1" && ln -s "$2" "$1" && { [ -z "$3" ] || chown -h "$3" "$1"; }`
+const singleLink = `rm -f "$1" && ln -s -- "$2" "$1" && { [ -z "$3" ] || chown -h "$3" "$1"; }`
 
 // singleUploader is an [uploader] for one call after the other.
 type singleUploader struct {
@@ -103,8 +103,8 @@ func (u *singleUploader) file(e entry, content io.Reader) error {
 	return nil
 }
 
-// singleList lists what is below the directory $1: a letter for the type, the path, NUL, and, of a directory, its mode as ls shows it, of a
-// link, its target; NUL. Its first line is that of tarDownload.
+// singleList lists what is below the directory $1: a letter for the type, the path, NUL, and, of a directory, its mode as ls shows it and its time if that
+// can be had, of a link, its target; NUL. Its first line is that of tarDownload.
 const singleList = `LC_ALL=C; export LC_ALL
 if [ ! -d "$1" ]; then
 	if [ -e "$1" ] || [ -L "$1" ]; then echo file; else echo absent; fi
@@ -119,7 +119,8 @@ walk() {
 			t=$(readlink "$f" && echo .) || exit 1
 			printf 'l%s\0%s\0' "$f" "${t%?.}"
 		elif [ -d "$f" ]; then
-			printf 'd%s\0%.10s\0' "$f" "$(ls -ld "$f")"
+			t=$(stat -c %Y "$f" 2>/dev/null || stat -f %m "$f" 2>/dev/null || date -r "$f" +%s 2>/dev/null)
+			printf 'd%s\0%.10s%s\0' "$f" "$(ls -ld "$f")" "$t"
 			walk "$f"
 		elif [ -f "$f" ]; then
 			printf 'f%s\0\0' "$f"
@@ -183,7 +184,7 @@ func (tr *tree) readList(ctx context.Context, t Transport, src string, list io.R
 		detail := string(tail[:len(tail)-1])
 		switch kind {
 		case 'd':
-			err = s.dir(entry{name: name, mode: fs.ModeDir | listedMode(detail)})
+			err = s.dir(entry{name: name, mode: fs.ModeDir | listedMode(detail), modified: listedTime(detail)})
 		case 'l':
 			err = s.link(entry{name: name, mode: fs.ModeSymlink, target: detail})
 		case 'f':
@@ -215,6 +216,18 @@ func listedMode(s string) (m fs.FileMode) {
 		}
 	}
 	return m
+}
+
+// listedTime reads the seconds behind the mode.
+func listedTime(s string) time.Time {
+	if len(s) <= len("drwxr-xr-x") {
+		return time.Time{}
+	}
+	sec, err := strconv.ParseInt(s[len("drwxr-xr-x"):], 10, 36) // more than 36 bits are no time that a file system knows
+	if err != nil {
+		return time.Time{}
+	}
+	return time.Unix(sec, 0)
 }
 
 // single downloads one file of a tree by its name and hands it to take, which need not read it.

@@ -72,6 +72,11 @@ func (s *sink) dir(e entry) error {
 	if ok, err := s.take(&e); err != nil || !ok {
 		return err
 	}
+	return s.putDir(e)
+}
+
+// putDir makes a directory that was taken.
+func (s *sink) putDir(e entry) error {
 	at, ok, err := s.parent(e.name)
 	if err != nil || !ok {
 		return err
@@ -95,6 +100,14 @@ var errTwice = errors.New("the host sends it twice")
 func (s *sink) file(e entry, content io.Reader) error {
 	if ok, err := s.take(&e); err != nil || !ok {
 		return err
+	}
+	return s.putFile(e, content)
+}
+
+// putFile makes a file that was taken.
+func (s *sink) putFile(e entry, content io.Reader) error {
+	if e.size < 0 {
+		return fault("download", e.name, fmt.Errorf("the host says that it has %d bytes: %w", e.size, fs.ErrInvalid))
 	}
 	if err := s.checkSize(e.name, e.size); err != nil {
 		return err
@@ -131,7 +144,7 @@ func (s *sink) fill(f *os.File, e entry, content io.Reader) error {
 		s.buf = make([]byte, copySize)
 	}
 	for left := e.size; ; {
-		n, err := content.Read(s.buf[:min(int64(len(s.buf)), left+1)])
+		n, err := content.Read(s.buf[:min(int64(len(s.buf))-1, left)+1])
 		if int64(n) > left {
 			return fault("download", e.name, fmt.Errorf("the host said %d bytes and sent more: %w", e.size, fs.ErrInvalid))
 		}
@@ -145,7 +158,7 @@ func (s *sink) fill(f *os.File, e entry, content io.Reader) error {
 			}
 		}
 		switch {
-		case err == io.EOF && left > 0:
+		case (err == io.EOF || err == io.ErrUnexpectedEOF) && left > 0:
 			return fault("download", e.name, fmt.Errorf("the host said %d bytes, %d came: %w", e.size, e.size-left, io.ErrUnexpectedEOF))
 		case err == io.EOF:
 			return nil
@@ -160,6 +173,11 @@ func (s *sink) link(e entry) error {
 	if ok, err := s.take(&e); err != nil || !ok {
 		return err
 	}
+	return s.putLink(e)
+}
+
+// putLink makes a symbolic link that was taken.
+func (s *sink) putLink(e entry) error {
 	if why, err := s.checkLink(e); err != nil {
 		return err
 	} else if why != nil {
@@ -345,7 +363,7 @@ func (s *sink) ascend() error {
 	}
 	if mode&0o700 != 0o700 && os.Geteuid() != 0 {
 		// Whoever is not root could neither move nor remove it.
-		if s.kept += len(l.name); s.kept > maxReadOnly {
+		if s.kept += len(l.name) + 80; s.kept > maxReadOnly { // 80 for what else an entry has
 			if err := s.skip(l.name, fmt.Errorf("its mode is %#o, and not %#o: there are too many directories that cannot be written to", mode|0o700, mode)); err != nil {
 				return err
 			}
@@ -358,7 +376,7 @@ func (s *sink) ascend() error {
 }
 
 // maxReadOnly bounds the memory for the names of directories whose modes are set at the end.
-const maxReadOnly = 4 << 20
+const maxReadOnly = 8 << 20
 
 func setDir(at *os.Root, name string, mode fs.FileMode, modified time.Time) error {
 	if err := at.Chmod(name, mode); err != nil {
@@ -468,12 +486,12 @@ func (s *sink) fillDir(name string, dry bool) error {
 			}
 		}
 	}
-	if err := s.merge(name, dry); err != nil || dry {
-		return err
-	}
-	info, err := s.root.Lstat(filepath.FromSlash(name))
+	info, err := s.root.Lstat(filepath.FromSlash(name)) // before it is emptied, which changes its time
 	if err != nil {
 		return s.local(name, err)
+	}
+	if err := s.merge(name, dry); err != nil || dry {
+		return err
 	}
 	return s.local(name, setDir(s.dst, filepath.FromSlash(name), info.Mode().Perm(), info.ModTime()))
 }

@@ -259,6 +259,8 @@ func (c *content) Read(p []byte) (int, error) {
 // kindOf names a type of file.
 func kindOf(m fs.FileMode) string {
 	switch {
+	case m.IsRegular():
+		return "a file"
 	case m.IsDir():
 		return "a directory"
 	case m&fs.ModeSymlink != 0:

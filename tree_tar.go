@@ -9,10 +9,12 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
+	"unicode"
 )
 
 // A tree as one tar stream through the host's own tar. Its script says on its output first what it has found, in one line; only
@@ -84,7 +86,7 @@ func tarAnswer(lines string) (final bool, err error) {
 // hostError is an error of which the host told in words.
 func hostError(text string) error {
 	text = strings.TrimSpace(text)
-	shown := strings.ToValidUTF8(strings.ReplaceAll(text, "\n", "; "), "?")
+	shown := strings.Map(printable, strings.ToValidUTF8(strings.ReplaceAll(text, "\n", "; "), "?"))
 	if len(shown) > maxTold {
 		shown = shown[:maxTold] + " …"
 	}
@@ -99,6 +101,14 @@ func hostError(text string) error {
 		}
 	}
 	return err
+}
+
+// printable keeps what a host says from being a command to a terminal.
+func printable(r rune) rune {
+	if unicode.IsPrint(r) || r == '\t' {
+		return r
+	}
+	return '?'
 }
 
 // maxTold is how many bytes of what a host says are in an error.
@@ -126,15 +136,19 @@ func noShell(err error) bool {
 // greeting is what a script has said it has found.
 type greeting struct {
 	once sync.Once
-	said chan struct{} // closed when err is set
+	said chan struct{} // closed when err and kind are set
 	err  error
+	kind string // which tar
 }
 
 func newGreeting() *greeting { return &greeting{said: make(chan struct{})} }
 
-func (a *greeting) set(err error) {
+func (a *greeting) set(err error) { a.answer("", err) }
+
+func (a *greeting) answer(lines string, err error) {
 	a.once.Do(func() {
-		a.err = err
+		lines = strings.TrimSuffix(lines, "\n")
+		a.err, a.kind = err, lines[strings.LastIndexByte(lines, '\n')+1:]
 		close(a.said)
 	})
 }
@@ -172,7 +186,7 @@ func (f *firstLines) Write(p []byte) (int, error) {
 		p, written = p[i+1:], written+i+1
 		if final, err := tarAnswer(string(f.lines)); final {
 			f.on = true
-			f.greeting.set(err)
+			f.greeting.answer(string(f.lines), err)
 		}
 	}
 	if f.next == nil {
@@ -194,11 +208,15 @@ func (tr *tree) uploadTar(ctx context.Context, t Transport, dst string, src fs.F
 	defer cancel(nil)
 	p, a, said := newPipe(), newGreeting(), new(edges)
 	walked := make(chan error, 1)
+	links := new(lateLinks)
 	go func() { // waited for below, unless a Read of src's does not return
 		<-a.said
 		err := a.err
 		if err == nil {
-			err = tr.writeTar(ctx, p, src)
+			if a.kind != "busybox" {
+				links = nil
+			}
+			err = tr.writeTar(ctx, p, src, links)
 		}
 		p.closeWrite(err)
 		walked <- err
@@ -220,14 +238,19 @@ func (tr *tree) uploadTar(ctx context.Context, t Transport, dst string, src fs.F
 		return tarError(err, said.String())
 	case walkErr != nil:
 		return errors.New("the host's tar ended before the tree did, and says that all is well")
+	case a.kind == "busybox" && said.String() != "":
+		// It goes on when a directory cannot be made, and exits with 0 in the end.
+		return hostError(said.String())
+	case links != nil:
+		return links.run(ctx, t, dst, owner)
 	}
 	return nil
 }
 
-// writeTar makes a tar stream of a tree.
-func (tr *tree) writeTar(ctx context.Context, p *pipe, src fs.FS) error {
+// writeTar makes a tar stream of a tree. links takes the links that do not come with it; nil: all come.
+func (tr *tree) writeTar(ctx context.Context, p *pipe, src fs.FS, links *lateLinks) error {
 	w := bufio.NewWriterSize(p, 4096)
-	u := &tarWriter{tw: tar.NewWriter(w), owner: tr.opts.Owner}
+	u := &tarWriter{tw: tar.NewWriter(w), owner: tr.opts.Owner, late: links}
 	if err := tr.walk(ctx, src, u); err != nil {
 		return err
 	}
@@ -260,13 +283,15 @@ func (tr *tree) join(done <-chan error) error {
 type tarWriter struct {
 	tw    *tar.Writer
 	owner *User
+	late  *lateLinks // nil: there are none
 	buf   []byte
 }
 
-// header writes an entry's header. GNU's format has names of any length and bytes, and all tars know it.
+// header writes an entry's header. GNU's format has names of any length and bytes, and all tars know it. Without ./ bsdtar would take away what
+// looks like the name of a Windows drive, or a leading backslash.
 func (u *tarWriter) header(e entry, kind byte, mode fs.FileMode) error {
 	h := &tar.Header{
-		Typeflag: kind, Name: e.name, Linkname: e.target, Size: e.size, Mode: int64(mode.Perm()),
+		Typeflag: kind, Name: "./" + e.name, Linkname: e.target, Size: e.size, Mode: int64(mode.Perm()),
 		ModTime: e.modified.Truncate(time.Second), Format: tar.FormatGNU,
 	}
 	if h.ModTime.Before(time.Unix(0, 0)) {
@@ -282,9 +307,28 @@ func (u *tarWriter) header(e entry, kind byte, mode fs.FileMode) error {
 }
 
 // A directory can be written to while its contents come. Its own mode and time come behind them: not every tar sets them last.
-func (u *tarWriter) enter(e entry) error { return u.header(e, tar.TypeDir, e.mode|0o700) }
-func (u *tarWriter) leave(e entry) error { return u.header(e, tar.TypeDir, e.mode) }
-func (u *tarWriter) link(e entry) error  { return u.header(e, tar.TypeSymlink, 0o777) }
+//
+// Where the host has a file d, GNU's tar would replace it by a directory d/, and that of busybox would leave it and say nothing. d/./ is an
+// error in both.
+func (u *tarWriter) enter(e entry) error {
+	e.name += "/."
+	return u.header(e, tar.TypeDir, e.mode|0o700)
+}
+func (u *tarWriter) leave(e entry) error {
+	if u.late != nil {
+		if err := u.late.leave(e); err != nil {
+			return err
+		}
+	}
+	return u.header(e, tar.TypeDir, e.mode)
+}
+
+func (u *tarWriter) link(e entry) error {
+	if u.late != nil && (u.owner != nil || late(e.target)) {
+		return u.late.link(e)
+	}
+	return u.header(e, tar.TypeSymlink, 0o777)
+}
 
 func (u *tarWriter) file(e entry, content io.Reader) error {
 	if err := u.header(e, tar.TypeReg, e.mode); err != nil {
@@ -335,7 +379,11 @@ func (tr *tree) downloadTar(ctx context.Context, t Transport, src string, s *sin
 	case a.err != nil && a.err != execErr:
 		return a.err
 	case execErr != nil && !errors.Is(execErr, errCut):
-		return tarError(execErr, said.String())
+		if err == nil || errors.Is(err, execErr) {
+			return tarError(execErr, said.String())
+		}
+		// The stream was wrong, or too long, before the host had an opinion.
+		return also(err, tarError(execErr, said.String()))
 	case err != nil:
 		return err
 	}
@@ -360,30 +408,56 @@ func (tr *tree) ignored(said string) error {
 // maxTrailer is the most that may come behind the end of an archive: tars fill up a block of theirs.
 const maxTrailer = 1 << 20
 
+// maxHeaders is the most that may come between the contents of two entries: a name, a target and an extended header of a megabyte each are
+// what archive/tar takes at most for one of them, but it takes any number of them.
+const maxHeaders = 8 << 20
+
+// metered is a tar stream of which a part is bounded.
+type metered struct {
+	r    io.Reader
+	left int64 // of the part
+	any  bool  // something has come
+}
+
+func (m *metered) Read(p []byte) (int, error) {
+	if m.left <= 0 {
+		return 0, fmt.Errorf("the host sends more than %d bytes between two entries: %w", maxHeaders, fs.ErrInvalid)
+	}
+	n, err := m.r.Read(p[:min(int64(len(p)), m.left)])
+	m.left -= int64(n)
+	m.any = m.any || n > 0
+	return n, err
+}
+
 // readTar takes the host's archive apart. single fetches one file in another way.
 func (tr *tree) readTar(r io.Reader, s *sink, single func(name string) error) error {
-	in := tar.NewReader(r)
+	m := &metered{r: r}
+	in := tar.NewReader(m)
 	last := "the beginning"
-	for {
+	var content, wasted int64 // of the last entry; of entries that are left out
+	for first := true; ; first = false {
+		m.left = maxHeaders + min(content, math.MaxInt64-maxHeaders)
 		h, err := in.Next()
-		if err == io.EOF {
+		if err == io.EOF && m.any {
 			break
 		}
 		if err != nil {
-			if errors.Is(err, tar.ErrHeader) {
-				err = fmt.Errorf("the host's tar stream is broken behind %s: %w", last, err)
-			}
-			return err
+			return brokenTar(last, err)
 		}
 		last = fmt.Sprintf("%.256q", h.Name)
-		if h.Name == "./" || h.Name == "." {
+		if first && h.Typeflag == tar.TypeDir && (h.Name == "./" || h.Name == ".") {
+			content = 0
 			continue // the tree itself
 		}
+		// A name may be a part of an extended header, all of which it would keep in memory.
 		e := entry{
-			name: strings.TrimPrefix(h.Name, "./"), mode: fs.FileMode(h.Mode) & fs.ModePerm, size: h.Size, modified: h.ModTime,
+			name: strings.Clone(strings.TrimPrefix(h.Name, "./")), mode: fs.FileMode(h.Mode) & fs.ModePerm, size: h.Size, modified: h.ModTime,
 		}
+		m.left, content = math.MaxInt64, 0
+		skipped := tr.stats.Skipped
 		switch h.Typeflag {
 		case tar.TypeReg, '\x00', tar.TypeCont:
+			content = h.Size
 			if sparse(h) {
 				err = s.refuse(e.name, errors.New("it is sent with a sparse map, which was not asked for"))
 				break
@@ -399,18 +473,55 @@ func (tr *tree) readTar(r io.Reader, s *sink, single func(name string) error) er
 		case tar.TypeLink:
 			// What it is a link to says the host: the file is fetched by its own name.
 			err = single(e.name)
+		case tar.TypeChar, tar.TypeBlock, tar.TypeFifo:
+			err = s.refuse(e.name, fmt.Errorf("it is %s", kindOfTar(h.Typeflag)))
 		default:
+			content = h.Size
 			err = s.refuse(e.name, fmt.Errorf("it is %s", kindOfTar(h.Typeflag)))
 		}
 		if err != nil {
 			return err
 		}
+		if tr.stats.Skipped > skipped {
+			// Its content comes all the same.
+			wasted += min(content, math.MaxInt64-wasted)
+			if most := tr.opts.MaxBytes; most > 0 && wasted > most-tr.stats.Bytes {
+				return fault("leave out", e.name, fmt.Errorf("%d bytes would come that are left out: %w of %d (TreeOptions.MaxBytes)", wasted, ErrLimit, most))
+			}
+		}
 	}
-	n, err := io.Copy(io.Discard, io.LimitReader(r, maxTrailer))
-	if err == nil && n == maxTrailer {
-		err = errors.New("the host goes on sending behind the end of its tar stream")
+	m.left = maxTrailer
+	return checkTrailer(m)
+}
+
+// brokenTar explains an error of archive/tar.
+func brokenTar(last string, err error) error {
+	switch {
+	case err == io.EOF, err == io.ErrUnexpectedEOF:
+		return fmt.Errorf("the host's tar stream breaks off behind %s: %w", last, io.ErrUnexpectedEOF)
+	case strings.HasPrefix(err.Error(), "archive/tar: "):
+		return fmt.Errorf("the host's tar stream is broken behind %s: %w", last, err)
 	}
 	return err
+}
+
+// checkTrailer reads what is behind the end of an archive: nothing but zeros, and not for ever.
+func checkTrailer(m *metered) error {
+	buf := make([]byte, 4096)
+	for {
+		n, err := m.Read(buf)
+		if len(bytes.Trim(buf[:n], "\x00")) > 0 {
+			return fmt.Errorf("there is something behind the end of the host's tar stream: %w", fs.ErrInvalid)
+		}
+		switch {
+		case m.left == 0:
+			return errors.New("the host goes on sending behind the end of its tar stream")
+		case err == io.EOF:
+			return nil
+		case err != nil:
+			return err
+		}
+	}
 }
 
 func sparse(h *tar.Header) bool {

@@ -89,12 +89,18 @@ func (d *decoder) attrs() (a Attrs) {
 	return a
 }
 
-func (c *Client) simple(ctx context.Context, kind byte, body []byte) error {
-	return c.send(kind, body, nil, nil).status(ctx, typeStatus)
+// Err waits for the answer to a request that has no other than whether it was carried out.
+func (call *Call) Err(ctx context.Context) error { return call.status(ctx, typeStatus) }
+
+func (c *Client) ask(kind byte, what string) *Call {
+	return c.send(new(Call), kind, nil, func(b []byte) []byte { return appendString(b, what) })
 }
 
-func (c *Client) stat(ctx context.Context, kind byte, what string) (Attrs, error) {
-	call := c.send(kind, appendString(nil, what), nil, nil)
+func (c *Client) askAttrs(kind byte, what string, a Attrs) *Call {
+	return c.send(new(Call), kind, nil, func(b []byte) []byte { return a.append(appendString(b, what)) })
+}
+
+func (call *Call) attrs(ctx context.Context) (Attrs, error) {
 	if err := call.status(ctx, typeAttrs); err != nil {
 		return Attrs{}, err
 	}
@@ -108,32 +114,132 @@ func (c *Client) stat(ctx context.Context, kind byte, what string) (Attrs, error
 
 // Stat returns a file's attributes; of a symbolic link those of what it leads to.
 func (c *Client) Stat(ctx context.Context, path string) (Attrs, error) {
-	return c.stat(ctx, typeStat, path)
+	return c.ask(typeStat, path).attrs(ctx)
 }
 
 // Lstat returns a file's attributes; of a symbolic link its own.
 func (c *Client) Lstat(ctx context.Context, path string) (Attrs, error) {
-	return c.stat(ctx, typeLstat, path)
+	return c.ask(typeLstat, path).attrs(ctx)
 }
 
 // Setstat sets what a has.
 func (c *Client) Setstat(ctx context.Context, path string, a Attrs) error {
-	return c.simple(ctx, typeSetstat, a.append(appendString(nil, path)))
+	return c.AskSetstat(path, a).Err(ctx)
 }
+
+// AskSetstat is Setstat that does not wait.
+func (c *Client) AskSetstat(path string, a Attrs) *Call { return c.askAttrs(typeSetstat, path, a) }
 
 // Mkdir creates a directory.
 func (c *Client) Mkdir(ctx context.Context, path string, mode uint32) error {
-	return c.simple(ctx, typeMkdir, Attrs{Has: HasMode, Mode: mode}.append(appendString(nil, path)))
+	return c.AskMkdir(path, mode).Err(ctx)
 }
 
-// Remove removes a file.
-func (c *Client) Remove(ctx context.Context, path string) error {
-	return c.simple(ctx, typeRemove, appendString(nil, path))
+// AskMkdir is Mkdir that does not wait.
+func (c *Client) AskMkdir(path string, mode uint32) *Call {
+	return c.askAttrs(typeMkdir, path, Attrs{Has: HasMode, Mode: mode})
 }
+
+// Remove removes a file. Servers made with Go remove an empty directory, too.
+func (c *Client) Remove(ctx context.Context, path string) error { return c.AskRemove(path).Err(ctx) }
+
+// AskRemove is Remove that does not wait.
+func (c *Client) AskRemove(path string) *Call { return c.ask(typeRemove, path) }
 
 // Rename gives a file another name, at once, in the place of a file that had it.
 func (c *Client) Rename(ctx context.Context, from, to string) error {
-	return c.simple(ctx, typeExtended, appendString(appendString(appendString(nil, extPosixRename), from), to))
+	return c.send(new(Call), typeExtended, nil, func(b []byte) []byte {
+		return appendString(appendString(appendString(b, extPosixRename), from), to)
+	}).Err(ctx)
+}
+
+// AskSymlink makes path a symbolic link. The target comes first, as with OpenSSH and github.com/pkg/sftp, and not as in the draft.
+func (c *Client) AskSymlink(target, path string) *Call {
+	return c.send(new(Call), typeSymlink, nil, func(b []byte) []byte { return appendString(appendString(b, target), path) })
+}
+
+// AskReadlink asks where a symbolic link leads. Its answer is a Target.
+func (c *Client) AskReadlink(path string) *Call { return c.ask(typeReadlink, path) }
+
+// Target waits for where a link leads.
+func (call *Call) Target(ctx context.Context) (string, error) {
+	if err := call.status(ctx, typeName); err != nil {
+		return "", err
+	}
+	d := decoder{rest: call.body}
+	n, target := d.uint32(), d.string()
+	if d.bad || n != 1 {
+		return "", fmt.Errorf("%w: %d targets of a link, or one that breaks off", ErrProtocol, n)
+	}
+	return string(target), nil
+}
+
+// Dir is an open directory. Its methods may not be called concurrently.
+type Dir struct {
+	c      *Client
+	handle string
+}
+
+// Entry is a file in a directory.
+type Entry struct {
+	Name string
+	Attrs
+}
+
+// Opendir opens a directory.
+func (c *Client) Opendir(ctx context.Context, path string) (*Dir, error) {
+	return c.AskOpendir(path).Dir(ctx)
+}
+
+// AskOpendir is Opendir that does not wait.
+func (c *Client) AskOpendir(path string) *Call { return c.ask(typeOpendir, path) }
+
+// Dir waits for a directory to be open.
+func (call *Call) Dir(ctx context.Context) (*Dir, error) {
+	handle, err := call.handle(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &Dir{call.c, handle}, nil
+}
+
+// AskRead asks for the next entries. Its answer is Entries.
+func (d *Dir) AskRead() *Call {
+	return d.c.send(&Call{most: maxPacket}, typeReaddir, nil, func(b []byte) []byte { return appendString(b, d.handle) })
+}
+
+// Entries waits for entries of a directory, one at least. It is io.EOF behind the last ones.
+func (call *Call) Entries(ctx context.Context) ([]Entry, error) {
+	if err := call.status(ctx, typeName); err != nil {
+		return nil, eof(err)
+	}
+	d := decoder{rest: call.body}
+	n := d.uint32()
+	// No entry has less than two empty strings and no attributes.
+	if n == 0 || int64(n) > int64(len(d.rest)/12) {
+		return nil, fmt.Errorf("%w: a listing of %d entries in %d bytes", ErrProtocol, n, len(call.body))
+	}
+	entries := make([]Entry, 0, n)
+	for range n {
+		name := string(d.string())
+		d.string()
+		entries = append(entries, Entry{name, d.attrs()})
+	}
+	if d.bad {
+		return nil, fmt.Errorf("%w: a listing that breaks off", ErrProtocol)
+	}
+	return entries, nil
+}
+
+// AskClose closes the directory.
+func (d *Dir) AskClose() *Call { return d.c.ask(typeClose, d.handle) }
+
+// eof makes the status for the end io.EOF.
+func eof(err error) error {
+	if s, ok := errors.AsType[*StatusError](err); ok && s.Code == codeEOF {
+		return io.EOF
+	}
+	return err
 }
 
 // File is an open file. Its methods may not be called concurrently.
@@ -144,34 +250,87 @@ type File struct {
 
 // Open opens a file. mode is for one that is created.
 func (c *Client) Open(ctx context.Context, path string, flags, mode uint32) (*File, error) {
-	body := binary.BigEndian.AppendUint32(appendString(nil, path), flags)
-	a := Attrs{}
-	if flags&Create != 0 {
-		a = Attrs{Has: HasMode, Mode: mode}
-	}
-	call := c.send(typeOpen, a.append(body), nil, nil)
-	if err := call.status(ctx, typeHandle); err != nil {
+	return c.AskOpen(path, flags, mode).File(ctx)
+}
+
+// AskOpen is Open that does not wait.
+func (c *Client) AskOpen(path string, flags, mode uint32) *Call {
+	return c.send(new(Call), typeOpen, nil, func(b []byte) []byte {
+		a := Attrs{}
+		if flags&Create != 0 {
+			a = Attrs{Has: HasMode, Mode: mode}
+		}
+		return a.append(binary.BigEndian.AppendUint32(appendString(b, path), flags))
+	})
+}
+
+// File waits for a file to be open.
+func (call *Call) File(ctx context.Context) (*File, error) {
+	handle, err := call.handle(ctx)
+	if err != nil {
 		return nil, err
+	}
+	return &File{call.c, handle}, nil
+}
+
+func (call *Call) handle(ctx context.Context) (string, error) {
+	if err := call.status(ctx, typeHandle); err != nil {
+		return "", err
 	}
 	d := decoder{rest: call.body}
 	handle := d.string()
 	if d.bad || len(handle) > maxHandle {
-		return nil, fmt.Errorf("%w: a file handle that breaks off or has more than %d bytes", ErrProtocol, maxHandle)
+		return "", fmt.Errorf("%w: a handle that breaks off or has more than %d bytes", ErrProtocol, maxHandle)
 	}
-	return &File{c, string(handle)}, nil
+	return string(handle), nil
 }
 
 // Close closes the file.
-func (f *File) Close(ctx context.Context) error {
-	return f.c.simple(ctx, typeClose, appendString(nil, f.handle))
-}
+func (f *File) Close(ctx context.Context) error { return f.AskClose().Err(ctx) }
+
+// AskClose is Close that does not wait. The server closes the file when all reads and writes that were asked for before are done.
+func (f *File) AskClose() *Call { return f.c.ask(typeClose, f.handle) }
 
 // Stat returns the attributes of the open file.
-func (f *File) Stat(ctx context.Context) (Attrs, error) { return f.c.stat(ctx, typeFstat, f.handle) }
+func (f *File) Stat(ctx context.Context) (Attrs, error) {
+	return f.c.ask(typeFstat, f.handle).attrs(ctx)
+}
 
 // Setstat sets what a has.
-func (f *File) Setstat(ctx context.Context, a Attrs) error {
-	return f.c.simple(ctx, typeFsetstat, a.append(appendString(nil, f.handle)))
+func (f *File) Setstat(ctx context.Context, a Attrs) error { return f.AskSetstat(a).Err(ctx) }
+
+// AskSetstat is Setstat that does not wait.
+func (f *File) AskSetstat(a Attrs) *Call { return f.c.askAttrs(typeFsetstat, f.handle, a) }
+
+// AskWrite writes data, which belongs to the call until that is done.
+func (f *File) AskWrite(offset int64, data []byte) *Call {
+	return f.c.send(new(Call), typeWrite, data, func(b []byte) []byte {
+		b = binary.BigEndian.AppendUint64(appendString(b, f.handle), uint64(offset))
+		return binary.BigEndian.AppendUint32(b, uint32(len(data)))
+	})
+}
+
+// AskRead asks for len(buf) bytes, which belong to the call until that is done. Its answer is Data.
+func (f *File) AskRead(offset int64, buf []byte) *Call { return f.askRead(new(Call), offset, buf) }
+
+func (f *File) askRead(call *Call, offset int64, buf []byte) *Call {
+	call.buf = buf
+	return f.c.send(call, typeRead, nil, func(b []byte) []byte {
+		b = binary.BigEndian.AppendUint64(appendString(b, f.handle), uint64(offset))
+		return binary.BigEndian.AppendUint32(b, uint32(len(buf)))
+	})
+}
+
+// Data waits for the answer to a read. It is io.EOF at the end of the file.
+func (call *Call) Data(ctx context.Context) ([]byte, error) {
+	if err := call.status(ctx, typeData); err != nil {
+		return nil, eof(err)
+	}
+	if len(call.body) == 0 {
+		// Neither bytes nor the end: a server could go on so for ever.
+		return nil, fmt.Errorf("%w: a read answered with no bytes", ErrProtocol)
+	}
+	return call.body, nil
 }
 
 const (
@@ -201,7 +360,7 @@ type Source interface {
 // under way.
 func (f *File) WriteFrom(ctx context.Context, src Source, progress func(int64)) (int64, error) {
 	type write struct {
-		call *call
+		call *Call
 		data []byte
 	}
 	var ahead []write // oldest first
@@ -228,125 +387,12 @@ func (f *File) WriteFrom(ctx context.Context, src Source, progress func(int64)) 
 			return confirmed, err
 		}
 		if len(data) > 0 {
-			head := binary.BigEndian.AppendUint64(appendString(nil, f.handle), uint64(sent))
-			head = binary.BigEndian.AppendUint32(head, uint32(len(data)))
-			ahead = append(ahead, write{f.c.send(typeWrite, head, data, nil), data})
+			ahead = append(ahead, write{f.AskWrite(sent, data), data})
 			sent += int64(len(data))
 		}
 		if err == io.EOF {
 			err := confirm(0)
 			return confirmed, err
 		}
-	}
-}
-
-// read asks for len(buf) bytes.
-func (f *File) read(offset int64, buf []byte) *call {
-	head := binary.BigEndian.AppendUint64(appendString(nil, f.handle), uint64(offset))
-	head = binary.BigEndian.AppendUint32(head, uint32(len(buf)))
-	return f.c.send(typeRead, head, nil, buf)
-}
-
-// data waits for the answer to a read. It is io.EOF at the end of the file.
-func (call *call) data(ctx context.Context) ([]byte, error) {
-	err := call.status(ctx, typeData)
-	if s, ok := errors.AsType[*StatusError](err); ok && s.Code == codeEOF {
-		return nil, io.EOF
-	}
-	if err != nil {
-		return nil, err
-	}
-	if len(call.body) == 0 {
-		// Neither bytes nor the end: a server could go on so for ever.
-		return nil, fmt.Errorf("%w: a read answered with no bytes", ErrProtocol)
-	}
-	return call.body, nil
-}
-
-// ReadTo hands the bytes from offset to end to write, in order, with many reads under way at once. It stops at the end of the file,
-// wherever that is. It returns the number of bytes handed over. Reads may still be under way when it fails.
-func (f *File) ReadTo(ctx context.Context, offset, end int64, write func([]byte) error) (int64, error) {
-	start := offset
-	hand := func(b []byte) error {
-		offset += int64(len(b))
-		return write(b)
-	}
-	// get reads one after the other, until buf or the file has ended.
-	get := func(buf []byte) (short bool, err error) {
-		for len(buf) > 0 {
-			b, err := f.read(offset, buf).data(ctx)
-			if err == io.EOF {
-				return true, nil
-			}
-			if err != nil {
-				return false, err
-			}
-			buf = buf[len(b):]
-			if err := hand(b); err != nil {
-				return false, err
-			}
-		}
-		return false, nil
-	}
-	if offset >= end {
-		return 0, nil
-	}
-
-	// The first read shows how much comes at once.
-	first := make([]byte, min(readSize, end-offset))
-	b, err := f.read(offset, first).data(ctx)
-	if err == io.EOF {
-		return 0, nil
-	}
-	if err != nil {
-		return 0, err
-	}
-	size := len(b)
-	if err := hand(b); err != nil {
-		return offset - start, err
-	}
-
-	type ask struct {
-		call *call
-		buf  []byte
-	}
-	var ahead []ask // oldest first
-	var free [][]byte
-	most := min(maxReads, max(1, readAhead/size))
-	for asked := offset; ; {
-		// A few at first: most files end soon.
-		for want := min(most, 2+2*int((offset-start)/int64(size))); asked < end && len(ahead) < want; {
-			var buf []byte
-			if n := len(free); n > 0 {
-				buf, free = free[n-1], free[:n-1]
-			} else {
-				buf = make([]byte, size)
-			}
-			part := buf[:min(int64(size), end-asked)]
-			ahead = append(ahead, ask{f.read(asked, part), buf})
-			asked += int64(len(part))
-		}
-		if len(ahead) == 0 {
-			return offset - start, nil
-		}
-		a := ahead[0]
-		ahead = ahead[1:]
-		b, err := a.call.data(ctx)
-		if err == io.EOF {
-			return offset - start, nil
-		}
-		if err != nil {
-			return offset - start, err
-		}
-		rest := len(a.call.buf) - len(b)
-		if err := hand(b); err != nil {
-			return offset - start, err
-		}
-		if rest > 0 { // less than asked for: what is missing comes next
-			if ended, err := get(make([]byte, rest)); ended || err != nil {
-				return offset - start, err
-			}
-		}
-		free = append(free, a.buf)
 	}
 }
