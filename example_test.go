@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"strings"
+	"testing/fstest"
 	"time"
 
 	lxd "github.com/canonical/lxd/client"
@@ -132,4 +134,97 @@ func ExampleShell() {
 	// content
 	// [it's here.txt $HOME]
 	// <nil>
+}
+
+// localHost connects to a fake LXD whose instance runs this machine's commands. With a real one it is NewLXD or DialLXD alone.
+func localHost() (host *transport.LXD, done func()) {
+	s := lxdtest.NewUnstartedServer()
+	s.Handler = lxdtest.LocalCommands("")
+	s.AddInstance(lxdtest.Instance{Name: "c1"})
+	s.Start()
+	server, err := lxd.ConnectLXDUnix(s.Socket, nil)
+	if err != nil {
+		panic(err)
+	}
+	if host, err = transport.NewLXD(server, "c1", nil); err != nil {
+		panic(err)
+	}
+	return host, func() { host.Close(); s.Close() }
+}
+
+// A download that broke is resumed where it did.
+func ExampleLXD_Download_resume() {
+	host, done := localHost()
+	defer done()
+	ctx := context.Background()
+	image := strings.Repeat("0123456789abcdef", 1<<14)
+	if err := host.Upload(ctx, "/srv/image", strings.NewReader(image), &transport.UploadOptions{MkdirAll: true}); err != nil {
+		panic(err)
+	}
+
+	// part is what the first try has left: a file on disk elsewhere.
+	var part strings.Builder
+	broken, cancel := context.WithCancel(ctx)
+	err := host.Download(broken, "/srv/image", &part, &transport.DownloadOptions{
+		Progress: func(int64) { cancel() }, // the network goes away
+	})
+	fmt.Println("first try:", errors.Is(err, context.Canceled), part.Len() > 0)
+
+	// Offset leaves out what is there. Whoever cannot be sure that the file is still the same one compares its time in Stat.
+	err = host.Download(ctx, "/srv/image", &part, &transport.DownloadOptions{Offset: int64(part.Len())})
+	fmt.Println("second try:", err, part.String() == image)
+	// Output:
+	// first try: true true
+	// second try: <nil> true
+}
+
+// Sources go up from any fs.FS, such as an embed.FS, and results come down, of which no more is taken than was expected.
+func ExampleUploadTree() {
+	host, done := localHost()
+	defer done()
+	ctx := context.Background()
+
+	sources := fstest.MapFS{ // or an embed.FS, or os.DirFS(".")
+		"build.sh":    {Data: []byte("mkdir out; wc -c <src/main.c | tr -d ' ' >out/size; mkfifo out/trap; head -c 5000 /dev/zero >out/log\n"), Mode: 0o755},
+		"src/main.c":  {Data: []byte("int main(void) { return 0; }\n"), Mode: 0o644},
+		".git/config": {Data: []byte("…"), Mode: 0o644},
+	}
+	stats, err := transport.UploadTree(ctx, host, "/build", sources, &transport.TreeOptions{
+		Match: func(path string, d fs.DirEntry) bool { return path != ".git" },
+	})
+	if err != nil {
+		panic(err)
+	}
+	fmt.Println("sent", stats.Files, "files in", stats.Dirs, "directory")
+	if err := host.Exec(ctx, transport.Command{Args: transport.Shell(". ./build.sh"), Dir: "/build"}); err != nil {
+		panic(err)
+	}
+
+	dir, err := os.MkdirTemp("", "results")
+	if err != nil {
+		panic(err)
+	}
+	defer os.RemoveAll(dir)
+	results, err := os.OpenRoot(dir)
+	if err != nil {
+		panic(err)
+	}
+	defer results.Close()
+	limits := &transport.TreeOptions{
+		MaxBytes: 1 << 20, MaxFileBytes: 4096, MaxEntries: 100, MaxDepth: 5,
+		Skipped: func(path string, why error) { fmt.Println("left out:", path, "-", why) },
+	}
+	_, err = transport.DownloadTree(ctx, host, "/build/out", results, limits)
+	left, _ := fs.ReadDir(results.FS(), ".")
+	fmt.Println("too much:", errors.Is(err, transport.ErrLimit), len(left))
+
+	limits.Match = func(path string, d fs.DirEntry) bool { return path != "log" }
+	stats, err = transport.DownloadTree(ctx, host, "/build/out", results, limits)
+	size, _ := results.ReadFile("size")
+	fmt.Println(stats.Files, "file,", err, string(size))
+	// Output:
+	// sent 2 files in 1 directory
+	// too much: true 0
+	// left out: trap - it is a FIFO
+	// 1 file, <nil> 29
 }

@@ -19,7 +19,7 @@ import (
 
 func brokenTransports() []broken {
 	var all []broken
-	for _, some := range [][]broken{brokenExecs(), brokenStreams(), brokenCancels(), brokenStarts(), brokenUploads(), brokenDownloads(), brokenCloses()} {
+	for _, some := range [][]broken{brokenExecs(), brokenStreams(), brokenCancels(), brokenStarts(), brokenUploads(), brokenDownloads(), brokenTrees(), brokenCloses()} {
 		all = append(all, some...)
 	}
 	return all

@@ -132,7 +132,7 @@ func TestRowsAreNamed(t *testing.T) {
 	for _, r := range transporttest.Rows() {
 		assert.False(t, seen[r.Name], "%s is there twice", r.Name)
 		seen[r.Name] = true
-		assert.Regexp(t, `^(exec|start|signal|resize|tty|upload|download|files|close)/\S+$`, r.Name)
+		assert.Regexp(t, `^(exec|start|signal|resize|tty|upload|download|files|tree|close)/\S+$`, r.Name)
 		assert.NotEmpty(t, r.Why, r.Name)
 	}
 	assert.GreaterOrEqual(t, len(seen), 45)

@@ -5,6 +5,8 @@ package transporttest_test
 import (
 	"context"
 	"io"
+	"io/fs"
+	"os"
 
 	"github.com/lxdtransport/transport"
 )
@@ -21,6 +23,9 @@ type wrapper struct {
 	upload   func(ctx context.Context, dst string, src io.Reader, opts *transport.UploadOptions) error
 	download func(ctx context.Context, src string, dst io.Writer, opts *transport.DownloadOptions) error
 	close    func() error
+
+	uploadTree   func(ctx context.Context, dst string, src fs.FS, opts *transport.TreeOptions) (transport.TreeStats, error)
+	downloadTree func(ctx context.Context, src string, dst *os.Root, opts *transport.TreeOptions) (transport.TreeStats, error)
 }
 
 // replaced names the methods that are.
@@ -28,6 +33,7 @@ func (w *wrapper) replaced() []string {
 	var names []string
 	for name, is := range map[string]bool{
 		"Exec": w.exec != nil, "Start": w.start != nil, "Upload": w.upload != nil, "Download": w.download != nil, "Close": w.close != nil,
+		"UploadTree": w.uploadTree != nil, "DownloadTree": w.downloadTree != nil,
 	} {
 		if is {
 			names = append(names, name)
@@ -72,6 +78,23 @@ func (w *wrapper) Download(ctx context.Context, src string, dst io.Writer, opts 
 		return w.download(ctx, src, dst, opts)
 	}
 	return w.host.Download(ctx, src, dst, opts)
+}
+
+// UploadTree takes the generic way over the transport without faults: those of single methods have cases of their own.
+func (w *wrapper) UploadTree(ctx context.Context, dst string, src fs.FS, opts *transport.TreeOptions) (transport.TreeStats, error) {
+	w.note("UploadTree")
+	if w.uploadTree != nil {
+		return w.uploadTree(ctx, dst, src, opts)
+	}
+	return transport.UploadTree(ctx, w.host, dst, src, opts)
+}
+
+func (w *wrapper) DownloadTree(ctx context.Context, src string, dst *os.Root, opts *transport.TreeOptions) (transport.TreeStats, error) {
+	w.note("DownloadTree")
+	if w.downloadTree != nil {
+		return w.downloadTree(ctx, src, dst, opts)
+	}
+	return transport.DownloadTree(ctx, w.host, src, dst, opts)
 }
 
 func (w *wrapper) Close() error {

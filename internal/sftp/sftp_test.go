@@ -189,19 +189,21 @@ func TestHostileAnswers(t *testing.T) {
 		return append(binary.BigEndian.AppendUint32(nil, claim), make([]byte, n)...)
 	}
 	for name, second := range map[string]func(id uint32) []byte{
-		"more data than asked":       func(id uint32) []byte { return packet(typeData, id, data(101, 101)...) },
-		"negative length":            func(id uint32) []byte { return packet(typeData, id, data(0xffffffff, 10)...) },
-		"length beyond the packet":   func(id uint32) []byte { return packet(typeData, id, data(50, 10)...) },
-		"length short of the packet": func(id uint32) []byte { return packet(typeData, id, data(5, 10)...) },
-		"no length":                  func(id uint32) []byte { return packet(typeData, id) },
-		"no data":                    func(id uint32) []byte { return packet(typeData, id, data(0, 0)...) },
-		"wrong id":                   func(id uint32) []byte { return packet(typeData, id+7, data(1, 1)...) },
-		"wrong type":                 func(id uint32) []byte { return packet(typeHandle, id, handle...) },
-		"success":                    func(id uint32) []byte { return packet(typeStatus, id, 0, 0, 0, 0) },
-		"status without code":        func(id uint32) []byte { return packet(typeStatus, id) },
-		"huge packet":                func(uint32) []byte { return []byte{0xff, 0xff, 0xff, 0xff, typeData, 0, 0, 0, 0} },
-		"tiny packet":                func(uint32) []byte { return []byte{0, 0, 0, 1, typeData, 0, 0, 0, 0} },
-		"zeros":                      func(uint32) []byte { return make([]byte, 64) },
+		"more data than asked":              func(id uint32) []byte { return packet(typeData, id, data(101, 101)...) },
+		"negative length":                   func(id uint32) []byte { return packet(typeData, id, data(0xffffffff, 10)...) },
+		"length beyond the packet":          func(id uint32) []byte { return packet(typeData, id, data(50, 10)...) },
+		"length short of the packet":        func(id uint32) []byte { return packet(typeData, id, data(5, 10)...) },
+		"no length":                         func(id uint32) []byte { return packet(typeData, id) },
+		"no data":                           func(id uint32) []byte { return packet(typeData, id, data(0, 0)...) },
+		"wrong id":                          func(id uint32) []byte { return packet(typeData, id+7, data(1, 1)...) },
+		"wrong type":                        func(id uint32) []byte { return packet(typeHandle, id, handle...) },
+		"success":                           func(id uint32) []byte { return packet(typeStatus, id, 0, 0, 0, 0) },
+		"status without code":               func(id uint32) []byte { return packet(typeStatus, id) },
+		"huge packet":                       func(uint32) []byte { return []byte{0xff, 0xff, 0xff, 0xff, typeData, 0, 0, 0, 0} },
+		"packet without an id, and no more": func(uint32) []byte { return []byte{0, 0, 0, 1, typeData} },
+		"empty packet, and no more":         func(uint32) []byte { return []byte{0, 0, 0, 0} },
+		"tiny packet":                       func(uint32) []byte { return []byte{0, 0, 0, 1, typeData, 0, 0, 0, 0} },
+		"zeros":                             func(uint32) []byte { return make([]byte, 64) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -235,6 +237,110 @@ func TestHostileHandlesAndAttributes(t *testing.T) {
 		_, err := c.Stat(t.Context(), "/x")
 		assert.ErrorIs(t, err, ErrProtocol)
 	}
+}
+
+func TestDirectories(t *testing.T) {
+	t.Parallel()
+	c, ctx, dir := real(t), t.Context(), t.TempDir()
+	want := make(map[string]bool)
+	for i := range 300 {
+		name := "f" + string(bytes.Repeat([]byte("x"), i%200)) + string(rune('a'+i/200))
+		want[name] = true
+		require.NoError(t, os.WriteFile(filepath.Join(dir, name), make([]byte, i), 0o600))
+	}
+	require.NoError(t, c.AskSymlink("f nowhere/..", dir+"/link").Err(ctx))
+	want["link"] = true
+	target, err := c.AskReadlink(dir + "/link").Target(ctx)
+	require.NoError(t, err)
+	assert.Equal(t, "f nowhere/..", target)
+	target, err = os.Readlink(dir + "/link")
+	require.NoError(t, err)
+	assert.Equal(t, "f nowhere/..", target)
+
+	d, err := c.Opendir(ctx, dir)
+	require.NoError(t, err)
+	got := make(map[string]bool)
+	for {
+		entries, err := d.AskRead().Entries(ctx)
+		if err == io.EOF {
+			break
+		}
+		require.NoError(t, err)
+		for _, e := range entries {
+			got[e.Name] = true
+			if e.Name == "link" {
+				assert.EqualValues(t, TypeLink, e.Mode&TypeMask)
+			} else {
+				assert.EqualValues(t, TypeRegular|0o600, e.Mode)
+			}
+		}
+	}
+	require.NoError(t, d.AskClose().Err(ctx))
+	assert.Equal(t, want, got)
+	_, err = c.Opendir(ctx, dir+"/none")
+	assert.ErrorIs(t, err, fs.ErrNotExist)
+	_, err = c.Opendir(ctx, dir+"/link")
+	assert.Error(t, err)
+	_, err = c.AskReadlink(dir).Target(ctx)
+	assert.Error(t, err)
+}
+
+func TestHostileListings(t *testing.T) {
+	t.Parallel()
+	one := []byte{0, 0, 0, 1, 'a', 0, 0, 0, 0, 0, 0, 0, 0}
+	count := func(n uint32, entries ...byte) []byte {
+		return append(binary.BigEndian.AppendUint32(nil, n), entries...)
+	}
+	for name, body := range map[string][]byte{
+		"no count":         {},
+		"no entries":       count(0),
+		"fewer than said":  count(2, one...),
+		"billions":         count(0xffffffff, one...),
+		"a long name":      count(1, 0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0, 0),
+		"many attributes":  count(1, 0, 0, 0, 0, 0, 0, 0, 0, 0x80, 0, 0, 0, 0xff, 0xff, 0xff, 0xff),
+		"no attributes":    count(1, 0, 0, 0, 4, 'a', 'b', 'c', 'd', 0, 0, 0, 0),
+		"breaks off early": count(1, 0, 0, 0, 1),
+	} {
+		c := hostile(t, func(n int, _ byte, id uint32) []byte {
+			if n == 0 {
+				return packet(typeHandle, id, 0, 0, 0, 1, 'h')
+			}
+			return packet(typeName, id, body...)
+		})
+		d, err := c.Opendir(t.Context(), "/x")
+		require.NoError(t, err)
+		_, err = d.AskRead().Entries(t.Context())
+		assert.ErrorIs(t, err, ErrProtocol, name)
+	}
+	for _, body := range [][]byte{{}, count(0), count(2, one...), count(1, 0, 0, 0, 9, 'a')} {
+		c := hostile(t, func(_ int, _ byte, id uint32) []byte { return packet(typeName, id, body...) })
+		_, err := c.AskReadlink("/x").Target(t.Context())
+		assert.ErrorIs(t, err, ErrProtocol)
+	}
+	// Nothing but data and listings may be long.
+	c := hostile(t, func(_ int, _ byte, id uint32) []byte { return packet(typeStatus, id, make([]byte, maxAnswer+1)...) })
+	assert.ErrorIs(t, c.Remove(t.Context(), "/x"), ErrProtocol)
+}
+
+// A server that does not read keeps nobody waiting longer than he wants.
+func TestServerThatDoesNotRead(t *testing.T) {
+	t.Parallel()
+	ours, theirs := net.Pipe()
+	go func() {
+		readPacket(theirs)
+		theirs.Write([]byte{0, 0, 0, 5, typeVersion, 0, 0, 0, 3})
+	}()
+	c, err := New(t.Context(), ours)
+	require.NoError(t, err)
+	defer theirs.Close()
+	for range 3 {
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+		assert.ErrorIs(t, c.Remove(ctx, "/x"), context.DeadlineExceeded)
+		cancel()
+	}
+	assert.NoError(t, c.Err())
+	c.Close()
+	assert.Error(t, c.Err())
 }
 
 // A server that answers every read with one byte makes it slow, not large.
@@ -300,10 +406,13 @@ func (conn) Close() error { return nil }
 // FuzzAnswers feeds the client whatever the other side may send.
 func FuzzAnswers(f *testing.F) {
 	hello := []byte{0, 0, 0, 5, typeVersion, 0, 0, 0, 3}
-	for _, kind := range []byte{typeStatus, typeHandle, typeData, typeAttrs} {
+	for _, kind := range []byte{typeStatus, typeHandle, typeData, typeAttrs, typeName} {
 		f.Add(append(bytes.Clone(hello), packet(kind, 0, 0, 0, 0, 1, 'h')...))
 	}
 	f.Add(append(append(bytes.Clone(hello), packet(typeHandle, 0, 0, 0, 0, 1, 'h')...), packet(typeData, 1, 0, 0, 0, 1, 'x')...))
+	listing := append(append(bytes.Clone(hello), packet(typeStatus, 0, 0, 0, 0, 4)...), packet(typeStatus, 1, 0, 0, 0, 2)...)
+	listing = append(listing, packet(typeHandle, 2, 0, 0, 0, 1, 'h')...)
+	f.Add(append(listing, packet(typeName, 3, 0, 0, 0, 1, 0, 0, 0, 1, 'a', 0, 0, 0, 1, 'b', 0, 0, 0, 4, 0, 0, 0o100, 0)...))
 	f.Fuzz(func(t *testing.T, sent []byte) {
 		c, err := New(t.Context(), conn{bytes.NewReader(sent), io.Discard})
 		if err != nil {
@@ -319,5 +428,11 @@ func FuzzAnswers(f *testing.F) {
 			f.WriteFrom(ctx, &pieces{rest: make([]byte, 10), size: 10}, func(int64) {})
 		}
 		c.Lstat(ctx, "/x")
+		if d, err := c.Opendir(ctx, "/x"); err == nil {
+			if entries, err := d.AskRead().Entries(ctx); err == nil && (len(entries) == 0 || len(entries)*12 > len(sent)) {
+				t.Errorf("%d entries out of %d bytes", len(entries), len(sent))
+			}
+		}
+		c.AskReadlink("/x").Target(ctx)
 	})
 }
