@@ -183,6 +183,7 @@ type tree struct {
 	opts    TreeOptions
 	stats   TreeStats
 	entries int
+	last    string // the entry that an upload has come to
 	remote  string // the tree's directory in the host
 
 	mu       sync.Mutex // guards detached

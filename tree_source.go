@@ -128,6 +128,7 @@ func (w *walker) entry(name, outside string, d fs.DirEntry) error {
 	if ok, err := w.matches(name, d); err != nil || !ok {
 		return err
 	}
+	w.last = name
 	switch {
 	case d.Type().IsRegular():
 		return w.file(name, outside)

@@ -30,7 +30,8 @@ case $(tar --version 2>&1 </dev/null) in
 esac
 `
 
-// tarUpload gets the directory as $1 and UID:GID, or nothing, as $2.
+// tarUpload gets the directory as $1 and UID:GID, or nothing, as $2. GNU tar takes -P for names that may be trusted: without it, it makes links with
+// ".." last, and spoils the times of the directories that they are in.
 const tarUpload = tarPrelude + `mk() {
 	if [ -d "$1" ]; then return 0; fi
 	case $1 in ./*/*) mk "${1%/*}" || return;; esac
@@ -42,6 +43,7 @@ mk "$d" 2>&1 || { echo failed; exit 0; }
 if [ -n "$o" ] && [ "$(id -u)" != 0 ]; then echo notroot; exit 0; fi
 if [ -n "$o" ]; then s=; else s=-o; fi
 echo $kind
+if [ $kind = gnu ]; then s="$s -P"; fi
 exec tar -x -p $s -f - -C "$d"
 `
 
@@ -95,6 +97,7 @@ func hostError(text string) error {
 		"No space left on device": syscall.ENOSPC, "Disk quota exceeded": syscall.EDQUOT, "Read-only file system": syscall.EROFS,
 		"Permission denied": fs.ErrPermission, "Operation not permitted": fs.ErrPermission, "Is a directory": syscall.EISDIR,
 		"Not a directory": syscall.ENOTDIR, "File name too long": syscall.ENAMETOOLONG,
+		": Wrote only ": syscall.ENOSPC, // GNU tar's way to say it
 	} {
 		if strings.Contains(text, words) {
 			return &causes{text: err.Error(), errs: []error{err, is}}
@@ -234,6 +237,10 @@ func (tr *tree) uploadTar(ctx context.Context, t Transport, dst string, src fs.F
 		return a.err
 	case walkErr != nil && !errors.Is(walkErr, errCut):
 		return walkErr
+	case err != nil && tr.last != "":
+		// Not every tar says which entry it was. This one is it, or comes soon after it.
+		err := tarError(err, said.String())
+		return &causes{text: fmt.Sprintf("%v (the last entry that it was sent is %.256q)", err, tr.last), errs: []error{err}}
 	case err != nil:
 		return tarError(err, said.String())
 	case walkErr != nil:

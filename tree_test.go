@@ -1,62 +1,175 @@
 package transport_test
 
 import (
+	"bytes"
+	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"testing"
+	"testing/fstest"
 	"time"
 
-	lxd "github.com/canonical/lxd/client"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/lxdtransport/transport"
 	"github.com/lxdtransport/transport/internal/reallxd"
 )
 
-func TestTreeRoundTrip(t *testing.T) {
-	src := runtime.GOROOT() + "/src"
-	instance := reallxd.Instance(t)
-	var server lxd.InstanceServer
-	for _, s := range reallxd.Servers(t) {
-		server = s
-		break
+// withTar returns a transport into an instance of its own, whose tar is the image's, or this machine's.
+func withTar(t *testing.T, kind string) *transport.LXD {
+	t.Helper()
+	s := reallxd.Unix(t)
+	name := reallxd.Create(t, s)
+	reallxd.Start(t, s, name)
+	t.Cleanup(func() { reallxd.Stop(t, s, name); reallxd.Delete(t, s, name) })
+	host := newLXD(t, s, name, nil)
+	if kind == "gnu" {
+		putProgram(t, host, "tar", "/usr/local/bin/tar")
+		putProgram(t, host, "dash", "/bin/sh") // busybox's prefers its own tar to any other
 	}
-	host, err := transport.NewLXD(server, instance, nil)
+	out, err := transport.Output(soon(t), host, sh("tar --version 2>&1"))
 	require.NoError(t, err)
-	defer host.Close()
-	dst := "/tree-" + strings.ToLower(t.Name())
-	defer host.Exec(t.Context(), transport.Command{Args: []string{"rm", "-rf", dst}})
-	start := time.Now()
-	stats, err := transport.UploadTree(t.Context(), host, dst, os.DirFS(src), &transport.TreeOptions{Symlinks: transport.KeepSymlinks})
-	require.NoError(t, err)
-	fmt.Println("up", time.Since(start), stats)
-	dir := t.TempDir()
-	root, err := os.OpenRoot(dir)
-	require.NoError(t, err)
-	defer root.Close()
-	start = time.Now()
-	stats, err = transport.DownloadTree(t.Context(), host, dst, root, &transport.TreeOptions{Symlinks: transport.KeepSymlinks})
-	require.NoError(t, err)
-	fmt.Println("down", time.Since(start), stats)
-	list := func(d string) string {
-		cmd := exec.Command("sh", "-c", `cd "$1" && find . -mindepth 1 -printf '%P %m %Ts %l %y\n' | sort`, "sh", d)
-		out, err := cmd.CombinedOutput()
-		require.NoError(t, err, string(out))
-		return string(out)
+	require.Contains(t, strings.ToLower(string(out)), kind)
+	return host
+}
+
+// putProgram copies one of this machine's programs into an instance, with its libraries.
+func putProgram(t *testing.T, host transport.Transport, program, dst string) {
+	t.Helper()
+	path, err := exec.LookPath(program)
+	if err != nil {
+		t.Skipf("this machine has no %s", program)
 	}
-	want, got := strings.Split(list(src), "\n"), strings.Split(list(dir), "\n")
-	require.Equal(t, len(want), len(got))
-	bad := 0
-	for i := range want {
-		if want[i] != got[i] {
-			if bad++; bad < 10 {
-				t.Errorf("%s != %s", want[i], got[i])
-			}
+	out, err := exec.Command("ldd", path).Output()
+	if err != nil {
+		t.Skipf("the libraries of %s cannot be listed: %v", path, err)
+	}
+	put := func(from, to string) {
+		f, err := os.Open(from)
+		require.NoError(t, err)
+		defer f.Close()
+		require.NoError(t, host.Upload(soon(t), to, f, &transport.UploadOptions{Mode: 0o755, MkdirAll: true}))
+	}
+	put(path, dst)
+	for _, field := range strings.Fields(string(out)) {
+		if filepath.IsAbs(field) {
+			put(field, field)
 		}
 	}
-	out, err := exec.Command("diff", "-r", "--no-dereference", src, dir).CombinedOutput()
-	require.NoError(t, err, string(out))
+}
+
+func onTars(t *testing.T, test func(t *testing.T, host *transport.LXD)) {
+	t.Parallel()
+	reallxd.Need(t)
+	for _, kind := range []string{"busybox", "gnu"} {
+		t.Run(kind, func(t *testing.T) {
+			t.Parallel()
+			test(t, withTar(t, kind))
+		})
+	}
+}
+
+// TestTreeOfTheToolchain: more than ten thousand files up and down again.
+func TestTreeOfTheToolchain(t *testing.T) {
+	onTars(t, func(t *testing.T, host *transport.LXD) {
+		src := filepath.Join(runtime.GOROOT(), "src")
+		up, err := transport.UploadTree(soon(t), host, "/src", os.DirFS(src), keepLinks)
+		require.NoError(t, err)
+		dir, down, err := into(t, host, "/src", keepLinks)
+		require.NoError(t, err)
+		assert.Equal(t, up, down)
+		assert.Zero(t, down.Skipped)
+		sameTree(t, src, dir)
+	})
+}
+
+// TestTreeOfOddThings: everything that a name, mode or size can be, into a directory that is not there, and once more into one that is.
+func TestTreeOfOddThings(t *testing.T) {
+	onTars(t, func(t *testing.T, host *transport.LXD) {
+		src := oddTree(t)
+		for _, round := range []string{"fresh", "once more"} {
+			up, err := transport.UploadTree(soon(t), host, "/srv/a b/tree", os.DirFS(src), keepLinks)
+			require.NoError(t, err, round)
+			dir, down, err := into(t, host, "/srv/a b/tree", keepLinks)
+			require.NoError(t, err, round)
+			assert.Equal(t, up, down, round)
+			sameTree(t, src, dir)
+		}
+	})
+}
+
+func TestTreeOfAnotherUser(t *testing.T) {
+	onTars(t, func(t *testing.T, host *transport.LXD) {
+		src := fstest.MapFS{
+			"d/f": {Data: []byte("x"), Mode: 0o640, ModTime: time.Unix(1e9, 0)}, "d": {Mode: 0o750 | os.ModeDir, ModTime: time.Unix(1e9, 0)},
+			"empty": {Mode: 0o700 | os.ModeDir, ModTime: time.Unix(1e9, 0)},
+		}
+		_, err := transport.UploadTree(soon(t), host, "/home/test/a/b", src, &transport.TreeOptions{Owner: &transport.User{UID: 1000, GID: 1001}})
+		require.NoError(t, err)
+		out, err := transport.Output(soon(t), host, sh(`stat -c '%n %u:%g %a %Y' /home/test/a /home/test/a/b /home/test/a/b/d /home/test/a/b/d/f /home/test/a/b/empty | sed 's#^/home/test##; /^.a [^ ]* [^ ]* /s/[0-9]*$//; /^.a.b [^ ]* [^ ]* /s/[0-9]*$//'`))
+		require.NoError(t, err)
+		assert.Equal(t, "/a 1000:1001 755 \n/a/b 1000:1001 755 \n/a/b/d 1000:1001 750 1000000000\n/a/b/d/f 1000:1001 640 1000000000\n/a/b/empty 1000:1001 700 1000000000\n", string(out))
+	})
+}
+
+// TestTreeIsInterrupted: in the middle of a tree, in both directions, on every way. Nothing is left, and it can be run again.
+func TestTreeIsInterrupted(t *testing.T) {
+	onTars(t, func(t *testing.T, host *transport.LXD) {
+		src := filepath.Join(runtime.GOROOT(), "src", "cmd")
+		for _, down := range []bool{false, true} {
+			ctx, cancel := context.WithCancelCause(soon(t))
+			why := errors.New("enough")
+			opts := &transport.TreeOptions{Progress: func(s transport.TreeStats) {
+				if s.Files > 500 {
+					cancel(why)
+				}
+			}}
+			dir := t.TempDir()
+			root, err := os.OpenRoot(dir)
+			require.NoError(t, err)
+			defer root.Close()
+			start := time.Now()
+			var stats transport.TreeStats
+			if down {
+				stats, err = transport.DownloadTree(ctx, host, "/tree", root, opts)
+			} else {
+				stats, err = transport.UploadTree(ctx, host, "/tree", os.DirFS(src), opts)
+			}
+			assert.ErrorIs(t, err, why)
+			assert.NotZero(t, stats.Files)
+			assert.Less(t, time.Since(start), 4*patience)
+			names, err := os.ReadDir(dir)
+			require.NoError(t, err)
+			assert.Empty(t, names, "of a download nothing is left")
+			out, err := transport.Output(soon(t), host, sh(`for p in /proc/[0-9]*; do tr '\0' ' ' <$p/cmdline; echo; done | grep '^tar ' || true; find / -xdev -name '.transport-*'`))
+			require.NoError(t, err)
+			assert.Empty(t, string(out), "processes and temporary files in the host")
+			if !down {
+				_, err = transport.UploadTree(soon(t), host, "/tree", os.DirFS(src), nil)
+				require.NoError(t, err, "once more")
+			}
+		}
+		dir, _, err := into(t, host, "/tree", nil)
+		require.NoError(t, err)
+		sameTree(t, src, dir)
+	})
+}
+
+// TestTreeOntoAFullDisk: the error says so, and which file it was.
+func TestTreeOntoAFullDisk(t *testing.T) {
+	onTars(t, func(t *testing.T, host *transport.LXD) {
+		require.NoError(t, host.Exec(soon(t), sh("mkdir /small && mount -t tmpfs -o size=1m none /small")))
+		src := fstest.MapFS{"a": {Data: []byte("a")}, "big": {Data: bytes.Repeat([]byte("b"), 3<<20)}}
+		stats, err := transport.UploadTree(soon(t), host, "/small/tree", src, nil)
+		assert.ErrorContains(t, err, "big")
+		assert.ErrorIs(t, err, syscall.ENOSPC)
+		assert.NotZero(t, stats.Files, fmt.Sprint(stats))
+	})
 }
