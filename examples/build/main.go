@@ -8,17 +8,16 @@
 package main
 
 import (
-	"archive/tar"
 	"context"
 	"errors"
 	"flag"
 	"fmt"
-	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"os/signal"
-	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -124,46 +123,17 @@ func copyGo(ctx context.Context, host transport.Transport) error {
 	return copyIn(ctx, host, strings.TrimSpace(string(root)), "/usr/local/go", "test", "api", "doc")
 }
 
-// copyIn streams a directory through tar in the container, without what is named.
+// copyIn copies a directory into the container, without what is named.
 func copyIn(ctx context.Context, host transport.Transport, from, to string, without ...string) error {
-	r, w := io.Pipe()
-	go func() { w.CloseWithError(writeTar(w, from, without)) }()
-	defer r.Close()
-	return host.Exec(ctx, transport.Command{
-		Args:  transport.Shell(`mkdir -p "$1" && exec tar -x -o -C "$1"`, to),
-		Stdin: r, Stderr: os.Stderr,
+	stats, err := transport.UploadTree(ctx, host, to, os.DirFS(from), &transport.TreeOptions{
+		Symlinks: transport.KeepSymlinks,
+		Match:    func(path string, _ fs.DirEntry) bool { return !slices.Contains(without, path) },
+		Skipped:  func(path string, why error) { step("left out: %s: %v", path, why) },
 	})
-}
-
-func writeTar(w io.Writer, from string, without []string) error {
-	tw := tar.NewWriter(w)
-	err := filepath.Walk(from, func(path string, info os.FileInfo, err error) error {
-		name, _ := filepath.Rel(from, path)
-		for _, skip := range without {
-			if name == skip {
-				return filepath.SkipDir
-			}
-		}
-		if err != nil || !info.Mode().IsRegular() && !info.IsDir() {
-			return err
-		}
-		header, err := tar.FileInfoHeader(info, "")
-		if err != nil {
-			return err
-		}
-		header.Name = filepath.ToSlash(name)
-		if err := tw.WriteHeader(header); err != nil || info.IsDir() {
-			return err
-		}
-		f, err := os.Open(path)
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		_, err = io.Copy(tw, f)
-		return err
-	})
-	return errors.Join(err, tw.Close())
+	if err == nil {
+		step("%d files, %d MiB", stats.Files, stats.Bytes>>20)
+	}
+	return err
 }
 
 func create(server lxd.InstanceServer, name, image string) error {
