@@ -42,6 +42,10 @@ func (b *bench) hire(ctx context.Context, part string, specs ...spec) (children 
 			if s.SSH = b.ssh; b.ssh == nil {
 				continue
 			}
+			if _, err := exec.LookPath(s.Tool); s.Tool != "" && err != nil {
+				b.report.note("no rows of %v: %v", s, err)
+				continue
+			}
 		}
 		c, err := b.start(ctx, s)
 		if err != nil {
@@ -57,7 +61,7 @@ func (b *bench) start(ctx context.Context, s spec) (*child, error) {
 	c := &child{spec: s, cmd: exec.CommandContext(ctx, b.exe, workerArg)}
 	// Its own commands are in its group and end with it.
 	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	c.cmd.Cancel = func() error { return syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL) }
+	c.cmd.Cancel = c.kill
 	c.cmd.Env = append(os.Environ(), "TMPDIR="+b.dir)
 	c.cmd.Stderr = os.Stderr
 	var err error
@@ -98,6 +102,9 @@ func (c *child) result() (result, error) {
 	}
 	return r, err
 }
+
+// kill ends the worker and its commands, whatever they do.
+func (c *child) kill() error { return syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL) }
 
 // dismiss has the worker end.
 func (c *child) dismiss() {

@@ -29,7 +29,9 @@ type contestant interface {
 
 // spec names a contestant, for its worker.
 type spec struct {
-	Kind     string // ours, official, lxc or ssh
+	Kind     string // ours, official, lxc, ssh, or bare: tar to tar without a network
+	Tool     string // lxc: "" (exec), tar or file; ssh: "" (ssh and scp), sftp, scp, rsync or tar
+	Pid      int    // of the instance's init, for bare; 0: bare is on this machine only
 	Way      string // unix or https; the cipher of ssh, "" for its default
 	Instance string
 	SSH      *sshServer
@@ -37,22 +39,30 @@ type spec struct {
 }
 
 func (s spec) String() string {
-	name := map[string]string{"ours": "ours", "official": "official client", "lxc": "lxc exec", "ssh": "ssh"}[s.Kind]
+	name := map[string]string{
+		"ours": "ours", "official": "official client", "lxc": "lxc exec", "lxc tar": "tar through lxc exec", "lxc file": "lxc file push -r, pull -r",
+		"ssh": "ssh", "ssh sftp": "sftp", "ssh scp": "scp -r", "ssh rsync": "rsync -a over ssh", "ssh tar": "tar over ssh", "bare": "tar | tar, nsenter",
+	}[strings.TrimSpace(s.Kind+" "+s.Tool)]
 	switch {
-	case s.Kind == "lxc":
-		return name
+	case s.Kind == "bare" && s.Pid == 0:
+		return "tar | tar, this machine only"
 	case s.Way != "":
 		return name + ", " + strings.TrimSuffix(s.Way, "@openssh.com")
 	}
 	return name
 }
 
+// inInstance reports whether the contestant's other side is the instance; otherwise it is this machine.
+func (s spec) inInstance() bool { return s.Kind != "ssh" && (s.Kind != "bare" || s.Pid != 0) }
+
 func (s spec) open() (contestant, error) {
 	switch s.Kind {
 	case "lxc":
-		return &lxcCommand{instance: s.Instance}, nil
+		return &lxcCommand{instance: s.Instance, tool: s.Tool}, nil
 	case "ssh":
-		return openSSH(s.SSH, s.Way)
+		return openSSH(s.SSH, s.Way, s.Tool)
+	case "bare":
+		return &bare{s.Pid}, nil
 	}
 	server, err := connect(s.Way)
 	if err != nil {

@@ -1,7 +1,7 @@
 //go:build unix
 
-// Bench measures the LXD transport beside its peers, on a real LXD, in one run: the official Go client, the lxc command, and OpenSSH over
-// a sshd of its own on the loopback interface. All contestants take turns, round after round, and medians are reported, because
+// Bench measures the LXD transport beside its peers, on a real LXD, in one run: the official Go client, the lxc command, and OpenSSH (with rsync and tar
+// over it) over a sshd of its own on the loopback interface; for trees also tar to tar without a network. All contestants take turns, round after round, and medians are reported, because
 // machines are busy: the ratios mean something where the times do not.
 //
 // scripts/bench runs it. It finds LXD through the variables that `scripts/lxd env` prints, and leaves nothing behind.
@@ -28,6 +28,9 @@ type bench struct {
 	file   int // MiB
 	counts []int
 
+	ram      bool
+	patience time.Duration // with the slow contestants of trees
+
 	profile string // directory, "": none
 
 	exe      string // this program, for workers
@@ -46,6 +49,8 @@ var parts = []struct {
 	{"stdout", (*bench).stdout},
 	{"stdin", (*bench).stdin},
 	{"file", (*bench).files},
+	{"small", (*bench).small},
+	{"src", (*bench).source},
 	{"size", (*bench).sizes},
 }
 
@@ -77,6 +82,8 @@ func run(ctx context.Context) (err error) {
 	flag.IntVar(&b.mib, "mib", 256, "`MiB` in a stream (the goals speak of 1024)")
 	flag.IntVar(&b.file, "file", 256, "`MiB` in a file (the goals speak of 1024)")
 	flag.StringVar(&b.profile, "profile", "", "`directory` for CPU and heap profiles of the two Go clients' last rounds; measures wrongly")
+	flag.DurationVar(&b.patience, "patience", 90*time.Second, "stop lxc file -r and the official client's file calls after this `time` with a tree; they have one round only")
+	flag.BoolVar(&b.ram, "ram", false, "trees go to tmpfs on both sides: an ext4 that has no journal makes files slowly for minutes where others were removed")
 	counts := flag.String("many", "1,200,1000", "how many commands at once")
 	flag.Parse()
 	wanted := strings.Split(*only, ",")
@@ -102,7 +109,7 @@ func run(ctx context.Context) (err error) {
 	if b.dir, err = os.MkdirTemp("", "transport-bench-"); err != nil {
 		return err
 	}
-	defer os.RemoveAll(b.dir)
+	defer onMachine{}.remove(b.dir)
 	remove, err := b.createInstance(ctx)
 	if err != nil {
 		return err

@@ -80,6 +80,8 @@ func number(f float64) string {
 		return fmt.Sprintf("%.0f", f)
 	case f >= 10:
 		return fmt.Sprintf("%.1f", f)
+	case f < 0.095: // 1/50 has digits, too
+		return fmt.Sprintf("%.3f", f)
 	}
 	return fmt.Sprintf("%.2f", f)
 }
@@ -88,5 +90,5 @@ func ratio(a, b float64) string {
 	if a == 0 || b == 0 {
 		return ""
 	}
-	return fmt.Sprintf("%.2f", a/b)
+	return number(a / b)
 }

@@ -66,8 +66,8 @@ func (b *bench) volumes(ctx context.Context, do string, mib int) (wall, cpu map[
 	specs := []spec{{Kind: "ours", Way: "unix"}, {Kind: "official", Way: "unix"}, {Kind: "lxc"}, {Kind: "ssh", Way: gcm}, {Kind: "ssh"}}
 	title := "%s of %d MiB"
 	if do == "up" || do == "down" {
-		specs = append(specs[:2:2], specs[3])
-		title = "one file %s, %d MiB (ssh: scp)"
+		specs = append(specs[:2:2], specs[3], spec{Kind: "ssh", Tool: "sftp", Way: gcm})
+		title = "one file %s, %d MiB (ssh: scp; sftp: the command)"
 	}
 	children, dismiss, err := b.hire(ctx, do, specs...)
 	if err != nil {

@@ -25,7 +25,8 @@ type task struct {
 	Do    string // a method of worker
 	N     int    // commands
 	Bytes int64
-	Dir   string // for local files
+	Dir   string // for local files; of a tree: what is copied
+	Dest  string // the directory that a tree is copied into
 }
 
 // result is what a task took.
@@ -121,6 +122,17 @@ func (w *worker) do(t task, r *result) error {
 		})
 	case "up", "down":
 		return w.copy(t, r)
+	case "tree-up", "tree-down":
+		c, ok := w.c.(treeContestant)
+		if !ok {
+			return errors.New("it is not measured with trees")
+		}
+		return w.timed(r, func() error {
+			if t.Do == "tree-up" {
+				return c.uploadTree(t.Dir, t.Dest)
+			}
+			return c.downloadTree(t.Dir, t.Dest)
+		})
 	case "many":
 		return w.many(t, r)
 	}
