@@ -20,7 +20,7 @@ func conforms(t *testing.T, server lxd.InstanceServer, instance string, caps ...
 			t.Fatal(err)
 		}
 		return host
-	}, append(caps, transporttest.Start, transporttest.Signals, transporttest.TTY, transporttest.Children, transporttest.Strays)...)
+	}, append(caps, transporttest.Start, transporttest.Signals, transporttest.TTY, transporttest.Children, transporttest.Strays, transporttest.SameHost)...)
 }
 
 func TestConformanceOnTheFake(t *testing.T) {

@@ -31,14 +31,19 @@ func directory(t testing.TB) string {
 func newLocal(t testing.TB, opts *local.Options) (*local.Transport, string) {
 	t.Helper()
 	dir := directory(t)
+	return newIn(t, dir, opts), dir
+}
+
+func newIn(t testing.TB, dir string, opts *local.Options) *local.Transport {
+	t.Helper()
 	host, err := local.New(dir, opts)
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, host.Close()) })
-	return host, dir
+	return host
 }
 
 func capabilities() []transporttest.Capability {
-	caps := []transporttest.Capability{transporttest.Start, transporttest.Children, transporttest.Signals, transporttest.EarlyStatus}
+	caps := []transporttest.Capability{transporttest.Start, transporttest.Children, transporttest.Signals, transporttest.EarlyStatus, transporttest.SameHost}
 	if runtime.GOOS == "linux" {
 		caps = append(caps, transporttest.TTY, transporttest.WholeTTY, transporttest.Strays)
 	}
@@ -53,10 +58,8 @@ func TestConformance(t *testing.T) {
 		t.Skip("the suite needs a POSIX host")
 	}
 	t.Parallel()
-	transporttest.Run(t, func(t *testing.T) transport.Transport {
-		host, _ := newLocal(t, nil)
-		return host
-	}, capabilities()...)
+	dir := directory(t)
+	transporttest.Run(t, func(t *testing.T) transport.Transport { return newIn(t, dir, nil) }, capabilities()...)
 }
 
 func BenchmarkLocal(b *testing.B) {

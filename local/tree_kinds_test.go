@@ -17,18 +17,19 @@ import (
 	"github.com/lxdtransport/transport/transporttest"
 )
 
-// TestConformanceWithOtherCommands runs the suite on hosts with another tar than this machine's, and without one. The first has no command at all
-// that is not busybox's.
+// TestConformanceWithOtherCommands runs the suite on a host that has no command at all that is not busybox's, and its cases with trees on hosts with
+// another tar than this machine's, and without one.
 func TestConformanceWithOtherCommands(t *testing.T) {
 	if testing.Short() {
-		t.Skip("runs the suite three times more")
+		t.Skip("runs the suite three times more, or parts of it")
 	}
 	t.Parallel()
 	for _, kind := range []struct {
-		name string
-		path func(t *testing.T) string
+		name  string
+		cases string
+		path  func(t *testing.T) string
 	}{
-		{"busybox", func(t *testing.T) string {
+		{"busybox", "/", func(t *testing.T) string {
 			busybox := find(t, "busybox")
 			applets, err := exec.Command(busybox, "--list").Output()
 			require.NoError(t, err)
@@ -38,22 +39,25 @@ func TestConformanceWithOtherCommands(t *testing.T) {
 			}
 			return dir
 		}},
-		{"bsdtar", func(t *testing.T) string {
+		{"bsdtar", "/tree/", func(t *testing.T) string {
 			bsdtar := find(t, "bsdtar")
 			dir := commandsWithoutTar(t)
 			require.NoError(t, os.Symlink(bsdtar, filepath.Join(dir, "tar")))
 			return dir
 		}},
-		{"no tar", func(t *testing.T) string { return commandsWithoutTar(t) }},
+		{"no tar", "/tree/", func(t *testing.T) string { return commandsWithoutTar(t) }},
 	} {
 		t.Run(kind.name, func(t *testing.T) {
 			t.Parallel()
 			path := kind.path(t)
 			env := slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "PATH=") })
 			env = append(env, "PATH="+path)
+			dir := directory(t)
 			transporttest.Run(t, func(t *testing.T) transport.Transport {
-				host, _ := newLocal(t, &local.Options{Env: env})
-				return host
+				if !strings.Contains(t.Name(), kind.cases) {
+					t.Skip("needs no tar: see TestConformance")
+				}
+				return newIn(t, dir, &local.Options{Env: env})
 			}, capabilities()...)
 		})
 	}

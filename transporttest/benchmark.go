@@ -37,7 +37,7 @@ func Benchmark(b *testing.B, new func(b *testing.B) transport.Transport) {
 	} {
 		b.Run(c.name, func(b *testing.B) {
 			host := new(b)
-			w := &bench{limits: limits{patience, soon}}
+			w := &bench{limits: limits{patience, soon}, hosts: []transport.Transport{host}}
 			ctx := context.WithValue(b.Context(), benchKey{}, w)
 			dir, err := scratch(ctx, host)
 			if err == nil {
@@ -54,7 +54,7 @@ func Benchmark(b *testing.B, new func(b *testing.B) transport.Transport) {
 				}
 			}
 			b.StopTimer()
-			if err := finish(host, w); err != nil {
+			if err := w.finish(); err != nil {
 				b.Error(err)
 			}
 		})

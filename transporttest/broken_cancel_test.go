@@ -24,11 +24,12 @@ func during(more ...string) []string {
 	return append(more,
 		"exec/ctx-ends-during", "exec/deadline-ends-during", "exec/cancelled-command-ends-as-it-likes", "exec/cancel-signal",
 		"exec/kill-after-waitdelay", "exec/cancel-signal-KILL", "exec/returns-in-time-with-blocked-stdin", "tty/ctx-ends-during",
+		"exec/waitdelay-by-default",
 	)
 }
 
 // tooLong is longer than a case waits here, and not so long that it holds the tests.
-const tooLong = 10 * time.Second
+const tooLong = 18 * time.Second
 
 func brokenCancels() []broken {
 	return []broken{
@@ -40,7 +41,7 @@ func brokenCancels() []broken {
 				return w.host.Exec(ctx, cmd)
 			}
 		}},
-		{"ignores cancel", during("exec/returns-in-time-with-blocked-writer", "exec/no-write-after-return", "exec/children-die-with-ctx", "exec/strays-die-with-ctx"), func(w *wrapper) {
+		{"ignores cancel", during("exec/returns-soon-after-ctx", "exec/returns-in-time-with-blocked-writer", "exec/no-write-after-return", "exec/children-die-with-ctx", "exec/strays-die-with-ctx"), func(w *wrapper) {
 			w.exec = func(ctx context.Context, cmd transport.Command) error {
 				if ctx.Err() == nil {
 					ctx = context.WithoutCancel(ctx)
@@ -48,10 +49,7 @@ func brokenCancels() []broken {
 				return w.host.Exec(ctx, cmd)
 			}
 		}},
-		{"forgets the status of a cancelled command", []string{
-			"exec/ctx-ends-during", "exec/deadline-ends-during", "exec/cancelled-command-ends-as-it-likes", "exec/cancel-signal",
-			"exec/kill-after-waitdelay", "exec/cancel-signal-KILL", "exec/returns-in-time-with-blocked-stdin", "tty/ctx-ends-during",
-		}, func(w *wrapper) {
+		{"forgets the status of a cancelled command", during(), func(w *wrapper) {
 			result(w, func(ctx context.Context, cmd transport.Command, err error) error {
 				if ctx.Err() != nil && err != nil && !errors.Is(err, transport.ErrNotStarted) && !errors.Is(err, transport.ErrOutputLost) {
 					return context.Cause(ctx)
@@ -109,7 +107,7 @@ func brokenCancels() []broken {
 		}},
 		{"kills at once", []string{
 			"exec/ctx-ends-during", "exec/deadline-ends-during", "exec/cancelled-command-ends-as-it-likes", "exec/cancel-signal",
-			"exec/kill-after-waitdelay", "exec/returns-in-time-with-blocked-stdin", "tty/ctx-ends-during",
+			"exec/kill-after-waitdelay", "exec/waitdelay-by-default", "exec/returns-in-time-with-blocked-stdin", "tty/ctx-ends-during",
 			"exec/writer-error-is-returned-and-cancels", "exec/writer-error-drains-the-other-stream", "exec/stdin-error-cancels",
 			"close/cancels-commands-and-waits",
 		}, func(w *wrapper) {
@@ -131,9 +129,31 @@ func brokenCancels() []broken {
 		}},
 		{"kills before its time", []string{"exec/kill-after-waitdelay"}, func(w *wrapper) {
 			changed(w, func(cmd *transport.Command) {
-				if cmd.Validate() == nil {
-					cmd.WaitDelay /= 4
+				if cmd.Validate() == nil && cmd.WaitDelay >= time.Second {
+					cmd.WaitDelay /= 100
 				}
+			})
+		}},
+		{"kills after a second unless it is told otherwise", []string{"exec/waitdelay-by-default"}, func(w *wrapper) {
+			changed(w, func(cmd *transport.Command) {
+				if cmd.Validate() == nil && cmd.WaitDelay == 0 {
+					cmd.WaitDelay = time.Second
+				}
+			})
+		}},
+		{"never kills unless it is told otherwise", []string{"exec/waitdelay-by-default"}, func(w *wrapper) {
+			changed(w, func(cmd *transport.Command) {
+				if cmd.Validate() == nil && cmd.WaitDelay == 0 {
+					cmd.WaitDelay = tooLong
+				}
+			})
+		}},
+		{"returns late when ctx has ended", []string{"exec/returns-soon-after-ctx"}, func(w *wrapper) {
+			result(w, func(ctx context.Context, _ transport.Command, err error) error {
+				if ctx.Err() != nil && !errors.Is(err, transport.ErrNotStarted) {
+					time.Sleep(6 * time.Second)
+				}
+				return err
 			})
 		}},
 		{"lets children live that have left the session", []string{"exec/strays-die-with-ctx"}, func(w *wrapper) {
@@ -209,7 +229,7 @@ func brokenStarts() []broken {
 		}},
 		{"waits in Start", []string{
 			"start/returns-while-it-runs", "signal/reaches-the-command", "signal/not-to-children", "signal/unknown-name", "start/ctx-governs-life",
-			"resize/without-terminal-is-an-error", "tty/resize",
+			"resize/without-terminal-is-an-error", "tty/resize", "close/cancels-started-commands",
 		}, func(w *wrapper) {
 			started(w, func(_ transport.Command, p *process) { _ = p.Process.Wait() })
 		}},
@@ -258,8 +278,8 @@ func brokenStarts() []broken {
 					if sig != transport.SIGUSR1 {
 						return p.Signal(sig)
 					}
-					signalMarked(mark + "=" + value + "\x00")
-					return nil
+					signalChildren(mark + "=" + value + "\x00")
+					return p.Signal(sig)
 				}}, nil
 			}
 		}},
@@ -344,14 +364,21 @@ func brokenStarts() []broken {
 	}
 }
 
-// signalMarked sends USR1 to all processes that have something in their environment.
-func signalMarked(mark string) {
+// signalChildren sends USR1 to all processes that have something in their environment, and whose parents have it, too.
+func signalChildren(mark string) {
 	names, _ := filepath.Glob("/proc/[0-9]*/environ")
+	marked := map[string]bool{}
 	for _, name := range names {
-		env, err := os.ReadFile(name)
-		if err == nil && bytes.Contains(env, []byte(mark)) {
-			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(name)))
-			_ = syscall.Kill(pid, syscall.SIGUSR1)
+		if env, err := os.ReadFile(name); err == nil && bytes.Contains(env, []byte(mark)) {
+			marked[filepath.Base(filepath.Dir(name))] = true
+		}
+	}
+	for pid := range marked {
+		stat, _ := os.ReadFile("/proc/" + pid + "/stat") // pid (name) state parent …
+		_, rest, _ := bytes.Cut(stat, []byte(") "))
+		if f := bytes.Fields(rest); len(f) > 1 && marked[string(f[1])] {
+			n, _ := strconv.Atoi(pid)
+			_ = syscall.Kill(n, syscall.SIGUSR1)
 		}
 	}
 }

@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"io"
+	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 
@@ -24,6 +26,7 @@ func brokenCloses() []broken {
 		}},
 		{"fails when it is closed twice", []string{
 			"close/twice", "close/ErrClosed-everywhere", "close/cancels-commands-and-waits", "close/ends-transfers",
+			"close/cancels-started-commands", "close/leaves-no-temporary-file", "tree/after-Close",
 		}, func(w *wrapper) {
 			var closed atomic.Bool
 			w.close = func() error {
@@ -34,14 +37,43 @@ func brokenCloses() []broken {
 			}
 		}},
 		{"does not wait in Close", []string{"close/cancels-commands-and-waits"}, func(w *wrapper) {
+			var running atomic.Int32
+			w.exec = func(ctx context.Context, cmd transport.Command) error {
+				running.Add(1)
+				defer running.Add(-1)
+				return w.host.Exec(ctx, cmd)
+			}
 			w.close = func() error {
-				go w.host.Close()
-				for !errors.Is(w.host.Exec(context.Background(), transport.Command{Args: []string{"true"}}), transport.ErrClosed) {
+				if running.Load() == 0 {
+					return w.host.Close()
 				}
+				go w.host.Close()
 				return nil
 			}
 		}},
-		{"does not cancel in Close", []string{"close/cancels-commands-and-waits", "close/ends-transfers"}, func(w *wrapper) {
+		{"leaves a goroutine that was started with it", []string{"close/twice"}, func(w *wrapper) { // as in every other case
+			go func() { <-w.unblock }()
+		}},
+		{"leaves its temporary file when it is closed", []string{"close/leaves-no-temporary-file"}, func(w *wrapper) {
+			w.upload = func(ctx context.Context, dst string, src io.Reader, opts *transport.UploadOptions) error {
+				err := w.host.Upload(ctx, dst, src, opts)
+				if errors.Is(err, transport.ErrClosed) {
+					_ = os.WriteFile(filepath.Join(w.dir, filepath.Dir(dst), ".left.tmp"), nil, 0o600)
+				}
+				return err
+			}
+		}},
+		{"forgets what runs in the background", []string{"close/cancels-started-commands"}, func(w *wrapper) {
+			var closed atomic.Bool
+			w.start = func(ctx context.Context, cmd transport.Command) (transport.Process, error) {
+				if closed.Load() {
+					return transport.Start(ctx, w.host, cmd)
+				}
+				return w.another().Start(ctx, cmd)
+			}
+			w.close = func() error { closed.Store(true); return w.host.Close() }
+		}},
+		{"does not cancel in Close", []string{"close/cancels-commands-and-waits", "close/ends-transfers", "close/leaves-no-temporary-file"}, func(w *wrapper) {
 			var running sync.WaitGroup
 			w.exec = func(ctx context.Context, cmd transport.Command) error {
 				running.Add(1)

@@ -8,7 +8,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"os"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -60,6 +63,14 @@ func brokenExecs() []broken {
 				return err
 			})
 		}},
+		{"guesses signals from statuses", []string{"exec/exit-statuses"}, func(w *wrapper) {
+			result(w, func(_ context.Context, _ transport.Command, err error) error {
+				if exit := onlyExit(err); exit != nil && exit.Code == 143 {
+					exit.Signal = transport.SIGTERM
+				}
+				return err
+			})
+		}},
 		{"keeps no stderr", []string{"exec/stderr-in-ExitError"}, func(w *wrapper) {
 			result(w, func(_ context.Context, _ transport.Command, err error) error {
 				if exit := onlyExit(err); exit != nil {
@@ -77,16 +88,18 @@ func brokenExecs() []broken {
 			})
 		}},
 		{"mixes up commands that run at the same time", []string{"exec/many-at-once"}, func(w *wrapper) {
-			var running atomic.Int32
-			w.exec = func(ctx context.Context, cmd transport.Command) error {
-				n := running.Add(1)
-				defer running.Add(-1)
-				err := w.host.Exec(ctx, cmd)
-				if n > 10 {
-					return nil
+			meet := make(chan struct{})
+			result(w, func(_ context.Context, cmd transport.Command, err error) error {
+				if len(cmd.Args) < 3 || !strings.HasPrefix(cmd.Args[2], `cat; echo "$1"`) {
+					return err
 				}
-				return err
-			}
+				select { // there is an even number of them
+				case meet <- struct{}{}:
+					return nil
+				case <-meet:
+					return err
+				}
+			})
 		}},
 		{"leaves a goroutine until Close with every command", []string{"exec/leaves-no-goroutine"}, func(w *wrapper) {
 			closed := make(chan struct{})
@@ -96,6 +109,18 @@ func brokenExecs() []broken {
 				return w.host.Exec(ctx, cmd)
 			}
 			w.close = func() error { once.Do(func() { close(closed) }); return w.host.Close() }
+		}},
+		{"leaves a descriptor with every command", []string{"exec/leaves-no-descriptor"}, func(w *wrapper) {
+			var mu sync.Mutex
+			w.exec = func(ctx context.Context, cmd transport.Command) error {
+				if r, w2, err := os.Pipe(); err == nil {
+					w2.Close()
+					mu.Lock()
+					w.atEnd = append(w.atEnd, func() { r.Close() })
+					mu.Unlock()
+				}
+				return w.host.Exec(ctx, cmd)
+			}
 		}},
 		{"leaves a goroutine for good when nothing was started", []string{
 			"exec/bad-input-is-named-not-shown", "exec/ctx-ends-before", "exec/dir-missing", "exec/secrets-not-in-errors", "close/ErrClosed-everywhere",
@@ -126,6 +151,35 @@ func brokenExecs() []broken {
 					}
 				}
 				cmd.Args = args
+			})
+		}},
+		{"replaces what is not UTF-8 in arguments", []string{"exec/not-UTF-8"}, func(w *wrapper) {
+			changed(w, func(cmd *transport.Command) {
+				cmd.Args = slices.Clone(cmd.Args)
+				for i, a := range cmd.Args {
+					cmd.Args[i] = strings.ToValidUTF8(a, "\uFFFD")
+				}
+			})
+		}},
+		{"replaces what is not UTF-8 in the environment", []string{"exec/not-UTF-8"}, func(w *wrapper) {
+			changed(w, func(cmd *transport.Command) {
+				cmd.Env = maps.Clone(cmd.Env)
+				for name, value := range cmd.Env {
+					cmd.Env[name] = strings.ToValidUTF8(value, "\uFFFD")
+				}
+			})
+		}},
+		{"loses variables of the host", []string{"exec/env"}, func(w *wrapper) {
+			changed(w, func(cmd *transport.Command) {
+				if len(cmd.Env) == 0 || cmd.Validate() != nil {
+					return
+				}
+				cmd.Env = maps.Clone(cmd.Env)
+				for _, name := range []string{"HOME", "LANG"} {
+					if _, set := cmd.Env[name]; !set {
+						cmd.Env[name] = ""
+					}
+				}
 			})
 		}},
 		{"cuts values at line breaks", []string{"exec/env"}, func(w *wrapper) {
@@ -189,7 +243,8 @@ func brokenStreams() []broken {
 	return []broken{
 		{"drops the last byte of long outputs", []string{
 			"exec/nil-means-exit-0-and-whole-output", "exec/large-both-streams", "exec/slow-writer-loses-nothing", "exec/stdin-through-cat",
-			"exec/same-writer-never-concurrent", "exec/memory-bounded-flood", "tty/tail-is-not-lost", "upload/content",
+			"exec/same-writer-never-concurrent", "exec/memory-bounded-flood", "tty/tail-is-not-lost", "upload/content", "upload/any-reader",
+			"files/source-that-downloads",
 		}, func(w *wrapper) {
 			w.exec = func(ctx context.Context, cmd transport.Command) error {
 				out := cmd.Stdout
@@ -281,12 +336,15 @@ func brokenStreams() []broken {
 				var head bytes.Buffer
 				shown := make(chan struct{})
 				rest := 0 // zeros, not to need the memory, too
+				var show sync.Once
 				cmd.Stdout = writer(func(p []byte) (int, error) {
-					if head.Len()+rest == 0 {
-						go func() { // shows that there is something
-							defer close(shown)
-							_, _ = out.Write(nil)
-						}()
+					if head.Len()+rest+len(p) > 31<<20 { // nearly all, so that it does not depend on the machine how soon the command ends
+						show.Do(func() {
+							go func() { // shows that there is something
+								defer close(shown)
+								_, _ = out.Write(nil)
+							}()
+						})
 					}
 					if head.Len() < 5<<20 {
 						return head.Write(p)
@@ -298,6 +356,7 @@ func brokenStreams() []broken {
 				if head.Len()+rest == 0 {
 					return err
 				}
+				show.Do(func() { close(shown) })
 				<-shown
 				if _, writeErr := out.Write(head.Bytes()); writeErr != nil {
 					return writeErr
@@ -359,7 +418,7 @@ func brokenStreams() []broken {
 		}},
 		{"ends the input when the command has ended", []string{
 			"exec/stdin-through-cat", "exec/stdin-is-interactive", "exec/many-at-once", "exec/leaves-no-goroutine", "exec/secrets-not-in-errors",
-			"download/content", "tty/stdin-ends",
+			"exec/streams-are-not-closed", "download/content", "tty/stdin-ends",
 		}, func(w *wrapper) {
 			withStdin(w, func(ctx context.Context, in io.Reader, _ bool) io.Reader {
 				if in == nil {
@@ -374,7 +433,7 @@ func brokenStreams() []broken {
 				})
 			})
 		}},
-		{"takes an input that is not read for a failure", []string{"exec/stdin-never-read", "exec/stdin-is-not-read-after-return"}, func(w *wrapper) {
+		{"takes an input that is not read for a failure", []string{"exec/stdin-never-read", "exec/stdin-is-not-read-after-return", "exec/streams-are-not-closed"}, func(w *wrapper) {
 			w.exec = func(ctx context.Context, cmd transport.Command) error {
 				in := cmd.Stdin
 				if in == nil {
@@ -395,7 +454,7 @@ func brokenStreams() []broken {
 				return err
 			}
 		}},
-		{"waits for Stdin", []string{"exec/stdin-never-ends", "exec/returns-in-time-with-blocked-stdin"}, func(w *wrapper) {
+		{"waits for Stdin", []string{"exec/stdin-never-ends", "exec/returns-in-time-with-blocked-stdin", "exec/streams-are-not-closed"}, func(w *wrapper) {
 			w.exec = func(ctx context.Context, cmd transport.Command) error {
 				in := cmd.Stdin
 				if in == nil {
@@ -431,6 +490,24 @@ func brokenStreams() []broken {
 					}
 					return n, err
 				})
+			})
+		}},
+		{"closes what it was given", []string{"exec/streams-are-not-closed"}, func(w *wrapper) {
+			result(w, func(_ context.Context, cmd transport.Command, err error) error {
+				for _, stream := range []any{cmd.Stdin, cmd.Stdout, cmd.Stderr} {
+					if c, ok := stream.(io.Closer); ok {
+						c.Close()
+					}
+				}
+				return err
+			})
+		}},
+		{"closes a Stdin that nobody reads", []string{"exec/streams-are-not-closed"}, func(w *wrapper) {
+			withStdin(w, func(ctx context.Context, in io.Reader, _ bool) io.Reader {
+				if c, ok := in.(io.Closer); ok {
+					context.AfterFunc(ctx, func() { c.Close() }) // to end its Read
+				}
+				return in
 			})
 		}},
 		{"reads Stdin after it has returned", []string{"exec/stdin-is-not-read-after-return"}, func(w *wrapper) {

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -30,6 +31,7 @@ func brokenUploads() []broken {
 		{"writes into the file itself", []string{
 			"upload/atomic", "upload/temp-is-private", "upload/source-error", "upload/source-error-io.ErrUnexpectedEOF",
 			"upload/ctx-ends-before", "upload/ctx-ends-during", "upload/ctx-ends-with-blocked-source",
+			"files/streams-are-not-closed", "close/leaves-no-temporary-file",
 		}, func(w *wrapper) {
 			w.upload = func(ctx context.Context, dst string, src io.Reader, opts *transport.UploadOptions) error {
 				f, err := os.OpenFile(filepath.Join(w.dir, dst), os.O_WRONLY|os.O_TRUNC|syscall.O_NONBLOCK|syscall.O_NOFOLLOW, 0)
@@ -50,7 +52,7 @@ func brokenUploads() []broken {
 				return w.host.Upload(ctx, dst, reader(copied.Read), opts)
 			}
 		}},
-		{"leaves its temporary file", append(failedUploads, "files/misuse-is-an-error"), func(w *wrapper) {
+		{"leaves its temporary file", append(failedUploads, "files/misuse-is-an-error", "close/leaves-no-temporary-file"), func(w *wrapper) {
 			w.upload = func(ctx context.Context, dst string, src io.Reader, opts *transport.UploadOptions) error {
 				err := w.host.Upload(ctx, dst, src, opts)
 				if err != nil && !strings.ContainsRune(dst, 0) && strings.Contains(dst, "tmp/transporttest-") && src != nil {
@@ -109,7 +111,10 @@ func brokenUploads() []broken {
 				}
 			})
 		}},
-		{"reads the source whole", []string{"upload/constant-memory", "upload/temp-is-private", "upload/ctx-ends-with-blocked-source", "close/ends-transfers"}, func(w *wrapper) {
+		{"reads the source whole", []string{
+			"upload/constant-memory", "upload/temp-is-private", "upload/ctx-ends-with-blocked-source", "close/ends-transfers",
+			"files/no-progress-after-return", "close/leaves-no-temporary-file",
+		}, func(w *wrapper) {
 			uploading(w, func(_ *string, src *io.Reader, _ *transport.UploadOptions) {
 				if *src == nil {
 					return
@@ -129,6 +134,91 @@ func brokenUploads() []broken {
 				}
 			})
 		}},
+		{"loses what comes with the end", []string{"upload/any-reader"}, func(w *wrapper) {
+			uploading(w, func(_ *string, src *io.Reader, _ *transport.UploadOptions) {
+				if in := *src; in != nil {
+					*src = reader(func(p []byte) (int, error) {
+						n, err := in.Read(p)
+						if err == io.EOF {
+							n = 0
+						}
+						return n, err
+					})
+				}
+			})
+		}},
+		{"takes a Read of nothing for the end", []string{"upload/any-reader"}, func(w *wrapper) {
+			uploading(w, func(_ *string, src *io.Reader, _ *transport.UploadOptions) {
+				if in := *src; in != nil {
+					*src = reader(func(p []byte) (int, error) {
+						n, err := in.Read(p)
+						if n == 0 && err == nil {
+							err = io.EOF
+						}
+						return n, err
+					})
+				}
+			})
+		}},
+		{"transfers one file at a time", []string{"files/source-that-downloads", "close/leaves-no-temporary-file"}, func(w *wrapper) {
+			var one sync.Mutex
+			w.upload = func(ctx context.Context, dst string, src io.Reader, opts *transport.UploadOptions) error {
+				one.Lock()
+				defer one.Unlock()
+				return w.host.Upload(ctx, dst, src, opts)
+			}
+			w.download = func(ctx context.Context, src string, dst io.Writer, opts *transport.DownloadOptions) error {
+				one.Lock()
+				defer one.Unlock()
+				return w.host.Download(ctx, src, dst, opts)
+			}
+		}},
+		{"changes directories that are there", []string{"upload/mkdirall"}, func(w *wrapper) {
+			existing(w, func(dir string, _ *transport.UploadOptions) { _ = os.Chmod(dir, 0o755) })
+		}},
+		{"gives directories away that are there", []string{"upload/mkdirall-owner"}, func(w *wrapper) {
+			existing(w, func(dir string, opts *transport.UploadOptions) {
+				if opts.Owner != nil {
+					_ = os.Chown(dir, int(opts.Owner.UID), int(opts.Owner.GID))
+				}
+			})
+		}},
+		{"takes rights of the group and of others away", []string{"upload/mode-by-default"}, func(w *wrapper) {
+			w.upload = func(ctx context.Context, dst string, src io.Reader, opts *transport.UploadOptions) error {
+				err := w.host.Upload(ctx, dst, src, opts)
+				name := filepath.Join(w.dir, dst)
+				if info, statErr := os.Lstat(name); err == nil && statErr == nil && (opts == nil || opts.Mode == 0) {
+					_ = os.Chmod(name, info.Mode()&^0o022)
+				}
+				return err
+			}
+		}},
+		{"has a temporary name that is another file's", []string{"upload/leaves-other-files"}, func(w *wrapper) {
+			w.upload = func(ctx context.Context, dst string, src io.Reader, opts *transport.UploadOptions) error {
+				err := w.host.Upload(ctx, dst, src, opts)
+				if err == nil {
+					_ = os.Remove(filepath.Join(w.dir, dst) + ".tmp")
+				}
+				return err
+			}
+		}},
+		{"closes sources", []string{"files/streams-are-not-closed"}, func(w *wrapper) {
+			w.upload = func(ctx context.Context, dst string, src io.Reader, opts *transport.UploadOptions) error {
+				if c, ok := src.(io.Closer); ok {
+					defer c.Close()
+				}
+				return w.host.Upload(ctx, dst, src, opts)
+			}
+		}},
+		{"tells progress after it has returned", []string{"files/no-progress-after-return"}, func(w *wrapper) {
+			w.upload = func(ctx context.Context, dst string, src io.Reader, opts *transport.UploadOptions) error {
+				err := w.host.Upload(ctx, dst, src, opts)
+				if opts != nil && opts.Progress != nil && errors.Is(err, context.Cause(ctx)) && err != nil {
+					time.AfterFunc(50*time.Millisecond, func() { opts.Progress(1) })
+				}
+				return err
+			}
+		}},
 		{"changes names", []string{"upload/names"}, func(w *wrapper) {
 			uploading(w, func(dst *string, _ *io.Reader, _ *transport.UploadOptions) {
 				*dst = strings.ReplaceAll(*dst, "\n", "_")
@@ -143,6 +233,7 @@ func brokenUploads() []broken {
 		}},
 		{"takes an error of the source for its end", []string{
 			"upload/source-error", "upload/new-file-source-error", "upload/source-error-io.ErrUnexpectedEOF", "files/errors-are-PathErrors",
+			"upload/leaves-other-files", "files/streams-are-not-closed",
 		}, func(w *wrapper) {
 			uploading(w, func(_ *string, src *io.Reader, _ *transport.UploadOptions) {
 				*src = endsWith(*src, func(error) bool { return true })
@@ -153,7 +244,7 @@ func brokenUploads() []broken {
 				*src = endsWith(*src, func(err error) bool { return err == io.ErrUnexpectedEOF })
 			})
 		}},
-		{"ignores ctx in uploads", []string{"upload/ctx-ends-before", "upload/ctx-ends-during", "upload/ctx-ends-with-blocked-source"}, func(w *wrapper) {
+		{"ignores ctx in uploads", []string{"upload/ctx-ends-before", "upload/ctx-ends-during", "upload/ctx-ends-with-blocked-source", "files/no-progress-after-return"}, func(w *wrapper) {
 			w.upload = func(ctx context.Context, dst string, src io.Reader, opts *transport.UploadOptions) error {
 				if src != nil {
 					src = io.LimitReader(src, 64<<20) // for zeros have no end
@@ -172,6 +263,7 @@ func brokenUploads() []broken {
 		}},
 		{"leaves a goroutine when the source fails", []string{
 			"upload/source-error", "upload/source-error-io.ErrUnexpectedEOF", "upload/new-file-source-error", "files/errors-are-PathErrors",
+			"upload/leaves-other-files", "files/streams-are-not-closed", "files/no-progress-after-return",
 		}, func(w *wrapper) {
 			w.upload = func(ctx context.Context, dst string, src io.Reader, opts *transport.UploadOptions) error {
 				err := w.host.Upload(ctx, dst, src, opts)
@@ -181,7 +273,7 @@ func brokenUploads() []broken {
 				return err
 			}
 		}},
-		{"fails when uploads meet", []string{"files/many-at-once"}, func(w *wrapper) {
+		{"fails when uploads meet", []string{"files/many-at-once", "close/leaves-no-temporary-file"}, func(w *wrapper) {
 			var running atomic.Int32
 			w.upload = func(ctx context.Context, dst string, src io.Reader, opts *transport.UploadOptions) error {
 				defer running.Add(-1)
@@ -222,6 +314,16 @@ func brokenUploads() []broken {
 	}
 }
 
+// existing does something to the directory of an upload with MkdirAll if it is there already.
+func existing(w *wrapper, do func(dir string, opts *transport.UploadOptions)) {
+	uploading(w, func(dst *string, _ *io.Reader, opts *transport.UploadOptions) {
+		dir := filepath.Join(w.dir, filepath.Dir(*dst))
+		if info, err := os.Stat(dir); opts.MkdirAll && err == nil && info.IsDir() {
+			do(dir, opts)
+		}
+	})
+}
+
 // endsWith turns some errors of a reader into its end.
 func endsWith(src io.Reader, some func(error) bool) io.Reader {
 	if src == nil {
@@ -238,7 +340,7 @@ func endsWith(src io.Reader, some func(error) bool) io.Reader {
 
 func brokenDownloads() []broken {
 	return []broken{
-		{"drops the last byte of long files", []string{"download/content", "download/constant-memory"}, func(w *wrapper) {
+		{"drops the last byte of long files", []string{"download/content", "download/constant-memory", "files/source-that-downloads"}, func(w *wrapper) {
 			w.download = func(ctx context.Context, src string, dst io.Writer, opts *transport.DownloadOptions) error {
 				if dst == nil {
 					return w.host.Download(ctx, src, dst, opts)
@@ -296,7 +398,7 @@ func brokenDownloads() []broken {
 				return w.host.Download(ctx, src, dst, opts)
 			}
 		}},
-		{"swallows the errors of the writer of a download", []string{"download/writer-error", "files/errors-are-PathErrors"}, func(w *wrapper) {
+		{"swallows the errors of the writer of a download", []string{"download/writer-error", "files/errors-are-PathErrors", "files/streams-are-not-closed"}, func(w *wrapper) {
 			downloading(w, func(_ *string, dst *io.Writer, _ *transport.DownloadOptions) {
 				if out := *dst; out != nil {
 					*dst = writer(func(p []byte) (int, error) { _, _ = out.Write(p); return len(p), nil })
@@ -306,6 +408,23 @@ func brokenDownloads() []broken {
 		{"ignores ctx in downloads", []string{"download/ctx", "download/ctx-ends-with-blocked-writer"}, func(w *wrapper) {
 			w.download = func(ctx context.Context, src string, dst io.Writer, opts *transport.DownloadOptions) error {
 				return w.host.Download(context.WithoutCancel(ctx), src, dst, opts)
+			}
+		}},
+		{"closes destinations", []string{"files/streams-are-not-closed"}, func(w *wrapper) {
+			w.download = func(ctx context.Context, src string, dst io.Writer, opts *transport.DownloadOptions) error {
+				if c, ok := dst.(io.Closer); ok {
+					defer c.Close()
+				}
+				return w.host.Download(ctx, src, dst, opts)
+			}
+		}},
+		{"tells the progress of a download after it has returned", []string{"files/no-progress-after-return"}, func(w *wrapper) {
+			w.download = func(ctx context.Context, src string, dst io.Writer, opts *transport.DownloadOptions) error {
+				err := w.host.Download(ctx, src, dst, opts)
+				if err == nil && opts != nil && opts.Progress != nil {
+					time.AfterFunc(50*time.Millisecond, func() { opts.Progress(1) })
+				}
+				return err
 			}
 		}},
 		{"waits for the writer of a download", []string{"download/ctx-ends-with-blocked-writer"}, func(w *wrapper) {

@@ -17,6 +17,7 @@ type wrapper struct {
 	dir     string              // the host's root
 	unblock chan struct{}       // closed after the case, for what hangs on purpose
 	called  func(method string) // or nil
+	atEnd   []func()            // after the case, too
 
 	exec     func(ctx context.Context, cmd transport.Command) error
 	start    func(ctx context.Context, cmd transport.Command) (transport.Process, error)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/lxdtransport/transport"
@@ -96,14 +97,33 @@ var cancelRows = []row{
 		}},
 	{name: "exec/kill-after-waitdelay", why: "a command that does not listen must not hold the orchestrator",
 		run: func(ctx context.Context, host transport.Transport) error {
-			cmd := sh("trap '' TERM; " + idle)
-			cmd.WaitDelay = 200 * time.Millisecond
-			start := time.Now()
-			result, err := cancelled(ctx, host, cmd)
-			if took := time.Since(start); err == nil && took < cmd.WaitDelay {
-				err = fmt.Errorf("it was killed before WaitDelay, after %v", took)
+			return deaf(ctx, host, 2*time.Second, 2*time.Second)
+		}},
+	{name: "exec/waitdelay-by-default", why: "who sets nothing gets 5 s: not less, for a database to write its files, and not for ever",
+		run: func(ctx context.Context, host transport.Transport) error {
+			return deaf(ctx, host, 0, 4*time.Second)
+		}},
+	{name: "exec/returns-soon-after-ctx", why: "WaitDelay and a few seconds are all that the end of ctx may take",
+		run: func(ctx context.Context, host transport.Transport) error {
+			// A machine that is busy needs more for everything: what another command takes is added, and one of three is enough.
+			var took, most time.Duration
+			for range 3 {
+				start := time.Now()
+				if err := run(ctx, host, sh("exit 0")); err != nil {
+					return err
+				}
+				cmd := sh("echo up; exec sleep 1000")
+				cmd.WaitDelay = 100 * time.Millisecond
+				most = cmd.WaitDelay + 5*time.Second + 3*time.Since(start)
+				start = time.Now()
+				if _, err := cancelled(ctx, host, cmd); err != nil {
+					return err
+				}
+				if took = time.Since(start); took <= most {
+					return nil
+				}
 			}
-			return errors.Join(err, status(result, 137))
+			return fmt.Errorf("a command that ended when ctx did took %v, which was to be %v at most", took, most)
 		}},
 	{name: "exec/cancel-signal-KILL", why: "who asks for KILL gets it at once",
 		run: func(ctx context.Context, host transport.Transport) error {
@@ -169,6 +189,33 @@ func cancelled(ctx context.Context, host transport.Transport, cmd transport.Comm
 		return nil, err
 	}
 	return result, is(result, mine)
+}
+
+// deaf cancels a command that hears TERM and does not heed it, which has to be killed after its WaitDelay.
+func deaf(ctx context.Context, host transport.Transport, delay, atLeast time.Duration) error {
+	mine := errors.New("enough")
+	cmdCtx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	out := newScreen()
+	cmd := sh("trap 'echo asked' TERM; " + idle)
+	cmd.Stdout, cmd.WaitDelay = out, delay
+	done := execute(cmdCtx, host, cmd)
+	if err := out.shows(ctx, "up"); err != nil {
+		return err
+	}
+	start := time.Now()
+	cancel(mine)
+	result, err := returns(slower(ctx, atLeast+time.Second), done)
+	if err != nil {
+		return err
+	}
+	if took := time.Since(start); took < atLeast {
+		return fmt.Errorf("it was killed %v after the end of ctx, and WaitDelay is %v", took, delay)
+	}
+	if !strings.Contains(out.String(), "asked") {
+		return fmt.Errorf("it was killed without having been asked to end; its output is %s", brief(out.String()))
+	}
+	return errors.Join(is(result, mine), status(result, 137))
 }
 
 // onDemand is a context whose deadline passes when done is closed.

@@ -63,6 +63,31 @@ var closeRows = []row{
 			}
 			return errors.Join(is(result, transport.ErrClosed), status(result, 7))
 		}},
+	{name: "close/cancels-started-commands", why: "what runs in the background runs on for nobody", needs: []Capability{Start},
+		run: func(ctx context.Context, host transport.Transport) error {
+			out := newScreen()
+			cmd := sh("trap 'sleep 0.3; echo bye; exit 7' TERM; " + idle)
+			cmd.Stdout = out
+			p, err := transport.Start(ctx, host, cmd)
+			if err != nil {
+				return err
+			}
+			if err := out.shows(ctx, "up\n"); err != nil {
+				return err
+			}
+			closed, late := returns(ctx, background(host.Close))
+			if err := errors.Join(late, closed); err != nil {
+				return err
+			}
+			if err := equal("output when Close has returned", out.String(), "up\nbye\n"); err != nil {
+				return err
+			}
+			result, err := returns(ctx, background(p.Wait))
+			if err != nil {
+				return err
+			}
+			return errors.Join(is(result, transport.ErrClosed), status(result, 7))
+		}},
 	{name: "close/ends-transfers", why: "a transfer that hangs must not hold Close",
 		run: func(ctx context.Context, host transport.Transport) error {
 			// Not below scratch, which nobody could remove any more.
@@ -84,5 +109,34 @@ var closeRows = []row{
 				return err
 			}
 			return is(result, transport.ErrClosed)
+		}},
+	{name: "close/leaves-no-temporary-file", why: "who stops a hundred times must not fill the disk", needs: []Capability{SameHost},
+		run: func(ctx context.Context, host transport.Transport) error {
+			return untouched(ctx, benchOf(ctx).hosts[1], func(dir string) error {
+				src := newBlocked()
+				defer src.unblock()
+				var ups []<-chan error
+				for _, name := range []string{"/old", "/new"} {
+					begun := newBlocked()
+					begun.unblock()
+					ups = append(ups, background(func() error {
+						return host.Upload(ctx, dir+name, io.MultiReader(strings.NewReader("a part"), begun, only(src)), nil)
+					}))
+					if _, err := within(ctx, begun.entered, "a Read"); err != nil {
+						return err
+					}
+				}
+				closed, late := returns(ctx, background(host.Close))
+				if err := errors.Join(late, closed); err != nil {
+					return err
+				}
+				for _, up := range ups {
+					result, err := returns(ctx, up)
+					if err := errors.Join(err, is(result, transport.ErrClosed)); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
 		}},
 }

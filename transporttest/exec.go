@@ -6,6 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -32,8 +36,12 @@ var execRows = []row{
 				return fmt.Errorf("exit 0: want nil, got %w", err)
 			}
 			for _, n := range []int{1, 2, 42, 125, 128, 143, 254, 255} {
-				if err := exits(host.Exec(ctx, sh("exit "+strconv.Itoa(n))), n); err != nil {
+				err := host.Exec(ctx, sh("exit "+strconv.Itoa(n)))
+				if err := exits(err, n); err != nil {
 					return fmt.Errorf("exit %d: %w", n, err)
+				}
+				if exit, _ := errors.AsType[*transport.ExitError](err); exit.Signal != "" {
+					return fmt.Errorf("exit %d: ExitError.Signal is %q, and there was no signal", n, exit.Signal)
 				}
 			}
 			return nil
@@ -114,6 +122,8 @@ var execRows = []row{
 		}},
 	{name: "exec/leaves-no-goroutine", why: "an orchestrator runs for months; what one command leaves behind must not wait for Close",
 		run: leavesNoGoroutine},
+	{name: "exec/leaves-no-descriptor", why: "a process may have 1024 of them, and an orchestrator runs more commands",
+		run: leavesNoDescriptor},
 	{name: "exec/nothing-modified", why: "callers use a Command again",
 		run: nothingModified},
 }
@@ -186,6 +196,48 @@ func leavesNoGoroutine(ctx context.Context, host transport.Transport) error {
 			return fmt.Errorf("20 commands left %d goroutines behind", after-before)
 		}
 	}
+}
+
+// leavesNoDescriptor runs 25 commands and looks for 20 descriptors that were not there before and stay: other cases, which run at the same time,
+// have theirs, but not for ever.
+func leavesNoDescriptor(ctx context.Context, host transport.Transport) error {
+	// The first may open connections that are kept.
+	if err := run(ctx, host, sh("exit 0")); err != nil {
+		return err
+	}
+	before := descriptors()
+	for range 25 {
+		cmd := sh("cat; exit 1")
+		cmd.Stdin = strings.NewReader("x")
+		if err := exits(host.Exec(ctx, cmd), 1); err != nil {
+			return err
+		}
+	}
+	gone := func(left map[string]bool) {
+		now := descriptors()
+		maps.DeleteFunc(left, func(d string, _ bool) bool { return !now[d] })
+	}
+	left := descriptors()
+	maps.DeleteFunc(left, func(d string, _ bool) bool { return before[d] })
+	for deadline := time.Now().Add(benchOf(ctx).soon); len(left) >= 20; gone(left) {
+		if time.Now().After(deadline) {
+			return fmt.Errorf("25 commands left %d descriptors behind: %s", len(left), slices.Sorted(maps.Keys(left)))
+		}
+		time.Sleep(50 * time.Millisecond) // nothing tells when one is closed
+	}
+	return nil
+}
+
+// descriptors are the open files of this process, each with its number. Only Linux tells.
+func descriptors() map[string]bool {
+	open := map[string]bool{}
+	names, _ := filepath.Glob("/proc/self/fd/[0-9]*")
+	for _, name := range names {
+		if file, err := os.Readlink(name); err == nil {
+			open[filepath.Base(name)+" "+file] = true
+		}
+	}
+	return open
 }
 
 func nothingModified(ctx context.Context, host transport.Transport) error {

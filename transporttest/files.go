@@ -7,6 +7,8 @@ import (
 	"io"
 	"io/fs"
 	"strings"
+	"sync/atomic"
+	"time"
 
 	"github.com/lxdtransport/transport"
 )
@@ -100,6 +102,58 @@ var fileRows = []row{
 			}
 			return holds(ctx, host, dir, "f")
 		}},
+	{name: "files/source-that-downloads", why: "a file is copied in the host, or to another name, by what is there: one method must not hold up another",
+		run: func(ctx context.Context, host transport.Transport) error {
+			dir, err := scratch(ctx, host)
+			if err != nil {
+				return err
+			}
+			text := string(pattern(1 << 20))
+			if err := up(ctx, host, dir+"/from", text, nil); err != nil {
+				return err
+			}
+			r, w := io.Pipe()
+			var down <-chan error
+			src := readerFunc(func(p []byte) (int, error) {
+				if down == nil { // now, while the upload runs
+					down = background(func() error {
+						err := host.Download(ctx, dir+"/from", w, nil)
+						w.CloseWithError(err) // nil: the end
+						return err
+					})
+				}
+				return r.Read(p)
+			})
+			result, err := returns(ctx, background(func() error { return host.Upload(ctx, dir+"/to", src, nil) }))
+			if err != nil {
+				r.CloseWithError(err)
+				w.CloseWithError(err)
+				return err
+			}
+			if err := errors.Join(result, <-down); err != nil {
+				return err
+			}
+			return prints(ctx, host, text, in(dir, transport.Command{Args: []string{"cat", "to"}}))
+		}},
+	{name: "files/streams-are-not-closed", why: "the caller's files are the caller's: a download may be one part of what goes into one",
+		run: func(ctx context.Context, host transport.Transport) error {
+			dir, err := scratch(ctx, host)
+			if err != nil {
+				return err
+			}
+			broken := errors.New("broken")
+			bad := &handle{Reader: failing(broken), Writer: writerFunc(func([]byte) (int, error) { return 0, broken })}
+			src, dst := &handle{Reader: strings.NewReader("x")}, &handle{Writer: io.Discard}
+			staysOpen(ctx, map[string]*handle{"a source": src, "a destination": dst, "a stream that fails": bad})
+			return errors.Join(
+				host.Upload(ctx, dir+"/f", src, nil),
+				host.Download(ctx, dir+"/f", dst, nil),
+				is(host.Upload(ctx, dir+"/f", bad, nil), broken),
+				is(host.Download(ctx, dir+"/f", bad, nil), broken),
+			)
+		}},
+	{name: "files/no-progress-after-return", why: "what it writes to is closed, or used for the next file",
+		run: noLateProgress},
 	{name: "files/many-at-once", why: "a transport is safe for concurrent use, also for one destination",
 		run: func(ctx context.Context, host transport.Transport) error {
 			dir, err := scratch(ctx, host)
@@ -126,4 +180,76 @@ var fileRows = []row{
 			}
 			return holds(ctx, host, dir+"/a", "b", "same")
 		}},
+}
+
+// noLateProgress counts the calls of Progress during transfers that end in all ways, and after them.
+func noLateProgress(ctx context.Context, host transport.Transport) error {
+	dir, err := scratch(ctx, host)
+	if err != nil {
+		return err
+	}
+	const size = 1 << 20
+	mine := errors.New("enough")
+	hangs := newBlocked()
+	defer hangs.unblock()
+	late := readerFunc(func(p []byte) (int, error) { // brings something when nobody waits for it any more
+		hangs.wait()
+		return len(p), nil
+	})
+	type calls struct {
+		what            string
+		sofar, returned atomic.Int64
+	}
+	var all []*calls
+	for _, c := range []struct {
+		what string
+		want error
+		run  func(ctx context.Context, progress func(int64)) error
+	}{
+		{"an upload", nil, func(ctx context.Context, progress func(int64)) error {
+			return host.Upload(ctx, dir+"/f", io.LimitReader(zeros, size), &transport.UploadOptions{Progress: progress})
+		}},
+		{"an upload whose source failed", mine, func(ctx context.Context, progress func(int64)) error {
+			return host.Upload(ctx, dir+"/f", half(mine), &transport.UploadOptions{Progress: progress})
+		}},
+		{"an upload that was stopped", mine, func(ctx context.Context, progress func(int64)) error {
+			ctx, cancel := context.WithCancelCause(ctx)
+			defer cancel(nil)
+			go func() {
+				<-hangs.entered
+				cancel(mine)
+			}()
+			return host.Upload(ctx, dir+"/f", io.MultiReader(io.LimitReader(zeros, 1000), late), &transport.UploadOptions{Progress: progress})
+		}},
+		{"a download", nil, func(ctx context.Context, progress func(int64)) error {
+			return host.Download(ctx, dir+"/f", io.Discard, &transport.DownloadOptions{Progress: progress})
+		}},
+		{"a download that was stopped", mine, func(ctx context.Context, progress func(int64)) error {
+			ctx, cancel := context.WithCancelCause(ctx)
+			defer cancel(nil)
+			w := writerFunc(func(p []byte) (int, error) { cancel(mine); return len(p), nil })
+			return host.Download(ctx, dir+"/f", w, &transport.DownloadOptions{Progress: progress})
+		}},
+	} {
+		n := &calls{what: c.what}
+		all = append(all, n)
+		result, err := returns(ctx, background(func() error {
+			defer func() { n.returned.Store(n.sofar.Load()) }()
+			return c.run(ctx, func(int64) { n.sofar.Add(1) })
+		}))
+		if err == nil && !errors.Is(result, c.want) {
+			err = result
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", c.what, orNil(err))
+		}
+	}
+	hangs.unblock()
+	time.Sleep(window)
+	for _, n := range all {
+		if extra := n.sofar.Load() - n.returned.Load(); extra > 0 {
+			return fmt.Errorf("%s has returned, and Progress was called %d times after that", n.what, extra)
+		}
+	}
+	return nil
 }

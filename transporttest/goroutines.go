@@ -11,7 +11,7 @@ import (
 )
 
 // Every case runs with a profiler label of its own, which the goroutines that it starts inherit. So cases that run at the same
-// time can be told apart.
+// time can be told apart. What makes its transport has another one: it may start what ends after Close only, such as a server.
 
 const labelKey = "transporttest"
 
@@ -48,6 +48,14 @@ func leftGoroutines(label string, most time.Duration) []string {
 		}
 		time.Sleep(pause) // nothing tells when a goroutine has ended
 	}
+}
+
+// noneLeft is an error if goroutines with a label do not end.
+func noneLeft(label string, most time.Duration, what string) error {
+	if left := leftGoroutines(label, most); left != nil {
+		return fmt.Errorf("%s:\n%s", what, strings.Join(left, "\n\n"))
+	}
+	return nil
 }
 
 // countGoroutines is how many goroutines have a label.

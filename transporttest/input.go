@@ -75,6 +75,24 @@ var inputRows = []row{
 			}
 			return errors.Join(is(result, broken), status(result, 143), equal("output", out.String(), ""))
 		}},
+	{name: "exec/streams-are-not-closed", why: "the caller's files are the caller's: os.Stdin serves the next command, too",
+		run: func(ctx context.Context, host transport.Transport) error {
+			hangs := newBlocked()
+			defer hangs.unblock()
+			streams := map[string]*handle{
+				"Stdin": {Reader: strings.NewReader("x")}, "Stdout": {Writer: io.Discard}, "Stderr": {Writer: io.Discard}, "a Stdin that nobody reads": {Reader: hangs},
+			}
+			staysOpen(ctx, streams)
+			cmd := sh("cat; echo err >&2")
+			cmd.Stdin, cmd.Stdout, cmd.Stderr = streams["Stdin"], streams["Stdout"], streams["Stderr"]
+			if err := run(ctx, host, cmd); err != nil {
+				return err
+			}
+			cmd = sh("exit 0")
+			cmd.Stdin = streams["a Stdin that nobody reads"]
+			result, err := returns(ctx, execute(ctx, host, cmd))
+			return errors.Join(err, result)
+		}},
 	{name: "exec/stdin-is-not-read-after-return", why: "callers read on where the command stopped, as far as it was not read ahead",
 		run: func(ctx context.Context, host transport.Transport) error {
 			returned, late := make(chan struct{}), make(chan struct{}, 1)

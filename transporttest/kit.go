@@ -149,6 +149,13 @@ func within[T any](ctx context.Context, c <-chan T, what string) (v T, err error
 	}
 }
 
+// slower is a context in which what has to happen soon may take longer.
+func slower(ctx context.Context, by time.Duration) context.Context {
+	b := *benchOf(ctx)
+	b.soon += by
+	return context.WithValue(ctx, benchKey{}, &b)
+}
+
 // execute runs a command in the background.
 func execute(ctx context.Context, host transport.Transport, cmd transport.Command) <-chan error {
 	return background(func() error { return host.Exec(ctx, cmd) })
@@ -250,6 +257,28 @@ func (b *blocked) wait() {
 func (b *blocked) Read([]byte) (int, error)    { b.wait(); return 0, io.EOF }
 func (b *blocked) Write(p []byte) (int, error) { b.wait(); return len(p), nil }
 func (b *blocked) unblock()                    { b.free.Do(func() { close(b.release) }) }
+
+// handle is a stream that counts how often it is closed.
+type handle struct {
+	io.Reader
+	io.Writer
+	closed atomic.Int32
+}
+
+func (h *handle) Close() error { h.closed.Add(1); return nil }
+
+// staysOpen checks, when the transport has been closed, that no stream was.
+func staysOpen(ctx context.Context, streams map[string]*handle) {
+	b := benchOf(ctx)
+	b.atEnd = append(b.atEnd, func() error {
+		for what, h := range streams {
+			if n := h.closed.Load(); n > 0 {
+				return fmt.Errorf("%s was closed %d times", what, n)
+			}
+		}
+		return nil
+	})
+}
 
 // pattern is n bytes of which no two pages are equal, so that lost and doubled ones show.
 func pattern(n int) []byte {

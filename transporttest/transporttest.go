@@ -25,6 +25,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -64,6 +65,10 @@ const (
 	// EarlyStatus: the command's status is known while something that it left behind holds its output open. LXD before
 	// 5.0.3 keeps it back until the last holder has ended.
 	EarlyStatus Capability = "EarlyStatus"
+
+	// SameHost: all transports that new returns lead to one host, so that one of them sees what another has left when it was
+	// closed.
+	SameHost Capability = "SameHost"
 )
 
 // row is one promise.
@@ -83,7 +88,7 @@ const soon = 20 * time.Second
 // Run tests a transport. new is called for every case and returns a transport to the same or another host, which the case closes. caps
 // are what it is capable of besides the promises that all transports keep. The cases are parallel subtests; what new has to give back belongs
 // into t.Cleanup. Besides what its name says, every case fails if its transport leaves a goroutine behind when
-// it has been closed.
+// it has been closed, or new one when all is done that it gave to t.Cleanup.
 func Run(t *testing.T, new func(t *testing.T) transport.Transport, caps ...Capability) {
 	t.Helper()
 	for _, r := range rows() {
@@ -95,12 +100,26 @@ func Run(t *testing.T, new func(t *testing.T) transport.Transport, caps ...Capab
 				t.Skip("needs a POSIX system here, too, for the names and modes of its trees")
 			}
 			t.Parallel()
-			if err := check(r, new(t), limits{patience, soon}); err != nil {
+			label, inLabel := newLabel()
+			t.Cleanup(func() { // comes after what new gives to it
+				if err := noneLeft(label, soon, leftByNew); err != nil && !t.Failed() {
+					t.Error(err)
+				}
+			})
+			var hosts []transport.Transport
+			inLabel(func() { // here, for new may call t.Fatal
+				for range r.hosts() {
+					hosts = append(hosts, new(t))
+				}
+			})
+			if err := check(r, hosts, limits{patience, soon}); err != nil {
 				t.Errorf("%v\n(%s)", err, r.why)
 			}
 		})
 	}
 }
+
+const leftByNew = "goroutines are left that were started when the transport was made"
 
 func rows() []row {
 	var all []row
@@ -127,6 +146,14 @@ needs:
 	return missing
 }
 
+// hosts is how many transports a case needs.
+func (r row) hosts() int {
+	if slices.Contains(r.needs, SameHost) {
+		return 2
+	}
+	return 1
+}
+
 // limits are the times of a case.
 type limits struct {
 	patience time.Duration // for the case
@@ -136,28 +163,29 @@ type limits struct {
 // bench is what a case works with besides its transport.
 type bench struct {
 	limits
-	label   string         // of its goroutines
-	scratch string         // the directory, once it was made
-	atEnd   []func() error // run after the transport was closed and its goroutines have ended
+	label   string                // of its goroutines
+	hosts   []transport.Transport // its own, and one more if it needs SameHost
+	scratch string                // the directory, once it was made, which the last of them removes
+	atEnd   []func() error        // run after the transports were closed and their goroutines have ended
 }
 
 type benchKey struct{}
 
 func benchOf(ctx context.Context) *bench { return ctx.Value(benchKey{}).(*bench) }
 
-// check runs a case and closes its transport.
-func check(r row, host transport.Transport, l limits) error {
+// check runs a case and closes its transports.
+func check(r row, hosts []transport.Transport, l limits) error {
 	label, inLabel := newLabel()
-	b := &bench{limits: l, label: label}
+	b := &bench{limits: l, label: label, hosts: hosts}
 	done := make(chan error, 1)
 	go inLabel(func() { // waited for below, unless the transport holds it for ever
 		ctx, cancel := context.WithTimeoutCause(context.Background(), l.patience, errPatience)
 		defer cancel()
-		err := r.run(context.WithValue(ctx, benchKey{}, b), host)
+		err := r.run(context.WithValue(ctx, benchKey{}, b), hosts[0])
 		if err == nil && ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		done <- errors.Join(err, finish(host, b))
+		done <- errors.Join(err, b.finish())
 	})
 	hard := time.NewTimer(l.patience + l.soon)
 	defer hard.Stop()
@@ -169,8 +197,8 @@ func check(r row, host transport.Transport, l limits) error {
 	case <-hard.C:
 		return fmt.Errorf("the case has not returned %v after its context had ended; its goroutines:\n%s", l.soon, strings.Join(labelled(label), "\n\n"))
 	}
-	if left := leftGoroutines(label, l.soon); left != nil {
-		return fmt.Errorf("%d goroutines are left after Close:\n%s", len(left), strings.Join(left, "\n\n"))
+	if err := noneLeft(label, l.soon, "goroutines are left after Close"); err != nil {
+		return err
 	}
 	for _, f := range b.atEnd {
 		if err := f(); err != nil {
@@ -182,13 +210,13 @@ func check(r row, host transport.Transport, l limits) error {
 
 var errPatience = errors.New("the case took too long")
 
-// finish removes the scratch directory and closes the transport.
-func finish(host transport.Transport, b *bench) error {
+// finish removes the scratch directory and closes the transports.
+func (b *bench) finish() error {
 	ctx, cancel := context.WithTimeout(context.Background(), b.soon)
 	defer cancel()
 	var err error
 	if b.scratch != "" {
-		err = host.Exec(ctx, transport.Command{Args: []string{"rm", "-rf", strings.TrimPrefix(b.scratch, "/")}, Dir: "/"})
+		err = b.hosts[len(b.hosts)-1].Exec(ctx, transport.Command{Args: []string{"rm", "-rf", strings.TrimPrefix(b.scratch, "/")}, Dir: "/"})
 		if errors.Is(err, transport.ErrClosed) {
 			err = nil // by the case itself
 		}
@@ -196,8 +224,10 @@ func finish(host transport.Transport, b *bench) error {
 			err = fmt.Errorf("removing %s: %w", b.scratch, err)
 		}
 	}
-	if closeErr := host.Close(); closeErr != nil {
-		err = errors.Join(err, fmt.Errorf("closing the transport: %w", closeErr))
+	for _, host := range b.hosts {
+		if closeErr := host.Close(); closeErr != nil {
+			err = errors.Join(err, fmt.Errorf("closing the transport: %w", closeErr))
+		}
 	}
 	return err
 }

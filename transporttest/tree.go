@@ -71,12 +71,13 @@ func prose(n int) string {
 	return string(p)
 }
 
-func manyFiles() forest {
+// manyFiles are n directories with n files each.
+func manyFiles(n int) forest {
 	var nodes []node
-	for i := range 20 {
+	for i := range n {
 		d := fmt.Sprintf("d%02d", i)
 		nodes = append(nodes, directory(d, 0o755))
-		for j := range 20 {
+		for j := range n {
 			nodes = append(nodes, file(fmt.Sprintf("%s/f%02d", d, j), 0o644, prose(i*j)))
 		}
 	}
@@ -170,7 +171,7 @@ var treeContentRows = []row{
 		run: sowing(sizes)},
 	{name: "tree/round-trip", why: "what comes back is what was sent",
 		run: withTrees(func(ctx context.Context, host transport.Transport, p place) error {
-			f := append(manyFiles(), sizes()...)
+			f := append(manyFiles(20), sizes()...)
 			f = append(f, planted(directory("links", 0o755), link("links/up", "../d00/f01"), link("links/here", "up"), link("links/dangling", "no/such"))...)
 			opts := &transport.TreeOptions{Symlinks: transport.KeepSymlinks}
 			if _, err := upTree(ctx, host, p.far, f.source(), opts); err != nil {
@@ -305,7 +306,7 @@ var treeContentRows = []row{
 		})},
 	{name: "tree/two-at-once", why: "a transport is safe for concurrent use, also for one destination",
 		run: withTrees(func(ctx context.Context, host transport.Transport, p place) error {
-			f := manyFiles()
+			f := manyFiles(8)
 			errs := make([]error, 4)
 			each := func(do func(i int) error) error {
 				var all sync.WaitGroup

@@ -126,7 +126,7 @@ var treeErrorRows = []row{
 		})},
 	{name: "tree/download-error-leaves-all-as-it-was", why: "half a tree must not be taken for a result",
 		run: withTrees(func(ctx context.Context, host transport.Transport, p place) error {
-			f := append(manyFiles(), planted(file("d19/zz-culprit", 0o644, strings.Repeat("x", 5000)))...)
+			f := append(manyFiles(10), planted(file("d09/zz-culprit", 0o644, strings.Repeat("x", 5000)))...)
 			if err := f.grow(ctx, host, p.far); err != nil {
 				return err
 			}
@@ -139,10 +139,10 @@ var treeErrorRows = []row{
 				return err
 			}
 			stats, err := transport.DownloadTree(ctx, host, p.far, p.near, &transport.TreeOptions{MaxFileBytes: 4999})
-			if err := accuses(err, "d19/zz-culprit", transport.ErrLimit); err != nil {
+			if err := accuses(err, "d09/zz-culprit", transport.ErrLimit); err != nil {
 				return err
 			}
-			if stats.Files >= 401 {
+			if stats.Files >= 101 {
 				return fmt.Errorf("the statistics are %+v", stats)
 			}
 			return before.stood(p.near)

@@ -91,11 +91,11 @@ var treeOptionRows = []row{
 			}
 			for name, want := range map[string]fs.FileMode{"a": fs.ModeDir, "a/one": 0, "a/b": fs.ModeDir, "three": 0, "z": fs.ModeDir, "z/last": 0} {
 				if got, ok := asked[name]; !ok || got != want {
-					return fmt.Errorf("Match was to be asked for %s with the type %v (asked: %v, %v)", name, want, ok, got)
+					return fmt.Errorf("the function Match was to be asked for %s with the type %v (asked: %v, %v)", name, want, ok, got)
 				}
 			}
 			if len(asked) != 6 {
-				return fmt.Errorf("Match was asked for what is in a directory that it refused: %v", asked)
+				return fmt.Errorf("the function Match was asked for what is in a directory that it refused: %v", asked)
 			}
 			rest := family.without("a/b", "a/b/two", "a/b/c", "z/last")
 			if stats != rest.stats(0) {
@@ -143,14 +143,14 @@ var treeOptionRows = []row{
 	limited("tree/limit-MaxEntries", "", transport.TreeOptions{MaxEntries: 7}),
 	limited("tree/limit-MaxDepth", "a/b/", transport.TreeOptions{MaxDepth: 2}),
 	{name: "tree/progress", why: "who shows it must not see it jump back, nor end elsewhere than the result",
-		run: bothWays(append(manyFiles(), sizes()[:8]...), func(_ context.Context, t transfer) error {
+		run: bothWays(append(manyFiles(8), sizes()[:8]...), func(_ context.Context, t transfer) error {
 			var mu sync.Mutex
 			var last transport.TreeStats
 			var bad error
 			calls := 0
 			stats, err := t.run(&transport.TreeOptions{Progress: func(now transport.TreeStats) {
 				if !mu.TryLock() {
-					bad = errors.New("Progress was called at the same time as itself")
+					bad = errors.New("the function Progress was called at the same time as itself")
 					return
 				}
 				defer mu.Unlock()

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"strings"
 	"sync/atomic"
+	"testing/iotest"
 	"time"
 
 	"github.com/lxdtransport/transport"
@@ -62,6 +63,28 @@ var uploadRows = []row{
 			}
 			return holds(ctx, host, dir, "f")
 		}},
+	{name: "upload/any-reader", why: "a reader may bring its last bytes with the end, or nothing for once, and may know io.WriterTo",
+		run: func(ctx context.Context, host transport.Transport) error {
+			dir, err := scratch(ctx, host)
+			if err != nil {
+				return err
+			}
+			want := pattern(100001)
+			for what, r := range map[string]io.Reader{
+				"the last bytes with the end": iotest.DataErrReader(only(bytes.NewReader(want))),
+				"all bytes with the end":      &whole{want},
+				"an io.WriterTo":              bytes.NewReader(want),
+				"Reads that bring naught":     stuttering(bytes.NewReader(want)),
+			} {
+				if err := host.Upload(ctx, dir+"/f", r, nil); err != nil {
+					return fmt.Errorf("%s: %w", what, err)
+				}
+				if err := prints(ctx, host, string(want), in(dir, transport.Command{Args: []string{"cat", "f"}})); err != nil {
+					return fmt.Errorf("%s: %w", what, err)
+				}
+			}
+			return nil
+		}},
 	{name: "upload/names", why: "names hold blanks, quotes, line breaks and leading dashes",
 		run: func(ctx context.Context, host transport.Transport) error {
 			dir, err := scratch(ctx, host)
@@ -110,7 +133,9 @@ var uploadRows = []row{
 			if err != nil {
 				return err
 			}
-			for _, step := range []struct{ script, want string }{{"true", "-rw-r--r--"}, {"chmod 751 f", "-rwxr-x--x"}} {
+			for _, step := range []struct{ script, want string }{
+				{"true", "-rw-r--r--"}, {"chmod 751 f", "-rwxr-x--x"}, {"chmod 666 f", "-rw-rw-rw-"}, {"chmod 775 f", "-rwxrwxr-x"},
+			} {
 				if err := run(ctx, host, in(dir, sh(step.script))); err != nil {
 					return err
 				}
@@ -187,9 +212,19 @@ var uploadRows = []row{
 					return err
 				}
 			}
-			for _, d := range []string{"a", "a/b", "a/b/c"} {
+			if err := run(ctx, host, in(dir, sh("mkdir kept; chmod 751 kept"))); err != nil {
+				return err
+			}
+			for _, name := range []string{"/kept/f", "/kept/new/f"} {
+				if err := up(ctx, host, dir+name, "x", &transport.UploadOptions{MkdirAll: true}); err != nil {
+					return err
+				}
+			}
+			for d, want := range map[string]string{
+				"a": "drwxr-xr-x", "a/b": "drwxr-xr-x", "a/b/c": "drwxr-xr-x", "kept": "drwxr-x--x", "kept/new": "drwxr-xr-x",
+			} {
 				got, _, err := mode(ctx, host, dir, d)
-				if err := errors.Join(err, equal("mode of "+d, got, "drwxr-xr-x")); err != nil {
+				if err := errors.Join(err, equal("mode of "+d, got, want)); err != nil {
 					return err
 				}
 			}
@@ -201,17 +236,46 @@ var uploadRows = []row{
 			if err != nil {
 				return err
 			}
-			opts := &transport.UploadOptions{MkdirAll: true, Owner: &transport.User{UID: 1234, GID: 5678}}
-			if err := up(ctx, host, dir+"/a/b/f", "x", opts); err != nil {
+			if err := run(ctx, host, in(dir, sh("mkdir kept"))); err != nil {
 				return err
 			}
-			for _, name := range []string{"a", "a/b", "a/b/f"} {
+			opts := &transport.UploadOptions{MkdirAll: true, Owner: &transport.User{UID: 1234, GID: 5678}}
+			for _, name := range []string{"/a/b/f", "/kept/f", "/kept/new/f"} {
+				if err := up(ctx, host, dir+name, "x", opts); err != nil {
+					return err
+				}
+			}
+			for name, want := range map[string]string{
+				"a": "1234:5678", "a/b": "1234:5678", "a/b/f": "1234:5678", "kept": "0:0", "kept/new": "1234:5678", "kept/f": "1234:5678",
+			} {
 				_, got, err := mode(ctx, host, dir, name)
-				if err := errors.Join(err, equal("owner of "+name, got, "1234:5678")); err != nil {
+				if err := errors.Join(err, equal("owner of "+name, got, want)); err != nil {
 					return err
 				}
 			}
 			return nil
+		}},
+	{name: "upload/leaves-other-files", why: "a temporary name that can be guessed belongs to somebody else already",
+		run: func(ctx context.Context, host transport.Transport) error {
+			dir, err := scratch(ctx, host)
+			if err != nil {
+				return err
+			}
+			const names = "#f# .#f .f .f.new .f.part .f.swp .f.temp .f.tmp .f~ .tmp .tmp-f .tmp.f .upload f.bak f.new f.old f.part f.temp f.tmp f.upload f~ tmp tmp-f tmp.f"
+			if err := run(ctx, host, in(dir, sh(`for n; do printf mine >"$n"; done`, strings.Fields(names)...))); err != nil {
+				return err
+			}
+			broken := errors.New("broken source")
+			if err := is(host.Upload(ctx, dir+"/f", failing(broken), nil), broken); err != nil {
+				return err
+			}
+			for range 2 {
+				if err := up(ctx, host, dir+"/f", "x", nil); err != nil {
+					return err
+				}
+			}
+			return prints(ctx, host, "x"+strings.Repeat("mine", len(strings.Fields(names))),
+				in(dir, transport.Command{Args: append([]string{"cat", "f"}, strings.Fields(names)...)}))
 		}},
 	{name: "upload/replaces-a-link", why: "who can make a link in the host must not choose what is overwritten",
 		run: func(ctx context.Context, host transport.Transport) error {
@@ -278,6 +342,17 @@ var uploadRows = []row{
 			}
 			return bad
 		}},
+}
+
+// whole is a reader that brings everything at once, with the end.
+type whole struct{ rest []byte }
+
+func (w *whole) Read(p []byte) (n int, err error) {
+	n = copy(p, w.rest)
+	if w.rest = w.rest[n:]; len(w.rest) == 0 {
+		err = io.EOF
+	}
+	return n, err
 }
 
 // uploadAtomic replaces a file again and again while a command in the host looks at it.

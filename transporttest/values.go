@@ -1,6 +1,7 @@
 package transporttest
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -24,6 +25,27 @@ var valueRows = []row{
 			}
 			return prints(ctx, host, strings.Join(args, "|")+"|", transport.Command{Args: append([]string{"printf", "%s|"}, args...)})
 		}},
+	{name: "exec/not-UTF-8", why: "Linux has bytes, JSON has none: what cannot be passed on is refused, not changed",
+		run: func(ctx context.Context, host transport.Transport) error {
+			const odd = "a\xff\xfe\xc3z"
+			inArgs := transport.Command{Args: []string{"printf", "%s", odd}}
+			inEnv := sh(`printf %s "$TT_ODD"`)
+			inEnv.Env = map[string]string{"TT_ODD": odd}
+			for what, cmd := range map[string]transport.Command{"argument": inArgs, "environment": inEnv} {
+				var out bytes.Buffer
+				cmd.Stdout = &out
+				err := host.Exec(ctx, cmd)
+				if err == nil {
+					err = equal("output", out.String(), odd)
+				} else {
+					err = is(err, transport.ErrNotStarted)
+				}
+				if err != nil {
+					return fmt.Errorf("%s: %w", what, err)
+				}
+			}
+			return nil
+		}},
 	{name: "exec/env", why: "values with line breaks, quotes and '=' arrive as they are, besides what the host gives",
 		run: func(ctx context.Context, host transport.Transport) error {
 			for name, value := range map[string]string{
@@ -35,7 +57,13 @@ var valueRows = []row{
 					return fmt.Errorf("%s: %w", name, err)
 				}
 			}
-			return nil
+			cmd := sh(`printf '%s|' "${HOME-none}" "${LANG-none}" "${LC_ALL-none}" "${PATH-none}" "${USER-none}" "${SHELL-none}"`)
+			hosts, err := output(ctx, host, cmd)
+			if err != nil {
+				return err
+			}
+			cmd.Env = map[string]string{"TT_A": "b"}
+			return prints(ctx, host, hosts, cmd)
 		}},
 	{name: "exec/dir", why: "uploaded files are found by name",
 		run: func(ctx context.Context, host transport.Transport) error {
