@@ -32,13 +32,14 @@ func (x *execution) obey(p *Process) {
 			x.kill(p)
 			return
 		}
-		if err := k.in.pass(OnReceive, data, func([]byte) error { return nil }); err != nil {
+		var heard []byte
+		if err := k.in.pass(OnReceive, data, func(b []byte) error { heard = append(heard, b...); return nil }); err != nil {
 			k.close()
 			x.kill(p)
 			return
 		}
 		var m controlMessage
-		if json.Unmarshal(data, &m) != nil {
+		if json.Unmarshal(heard, &m) != nil {
 			continue
 		}
 		switch m.Command {

@@ -233,6 +233,7 @@ func (x *execution) run() {
 	if d := x.s.Version.StartDelay; d > 0 {
 		select {
 		case <-time.After(d):
+		case <-x.cancelled: // too late not to start it: see below
 		case <-x.gone:
 			return
 		}
@@ -260,6 +261,11 @@ func (x *execution) run() {
 		return
 	}
 	p := x.process
+	select {
+	case <-x.cancelled:
+		p.deliver(9)
+	default:
+	}
 	x.s.lifecycle("instance-exec", x.instance, map[string]any{"command": x.req.Command})
 	x.s.spawn("process "+strconv.Quote(x.req.Command[0])+" of operation "+x.op.id, func() { p.run(x.handler()) })
 	x.strike(OnStart)
@@ -273,7 +279,10 @@ func (x *execution) run() {
 		k.close()
 	}
 	wait()
-	x.strike(OnFinal)
+	if x.strike(OnFinal) == Skip {
+		<-x.gone // and it runs on for ever
+		return
+	}
 	x.finish(p.code)
 }
 
@@ -323,10 +332,19 @@ func (x *execution) setExit(code int) {
 	x.exitCode = &code
 }
 
-// strike carries out the faults at a moment of the process.
-func (x *execution) strike(m Moment) {
+// strike carries out the faults at a moment of the process. Cut is the end of all its sockets, as if the client had vanished.
+func (x *execution) strike(m Moment) Verdict {
 	g := gate{s: x.s, point: Point{Route: RouteExec, Method: "POST", Instance: x.instance.Name, server: x.s}}
-	g.strike(m)
+	v := g.strike(m)
+	if v == Cut {
+		x.mu.Lock()
+		sockets := slices.Collect(maps.Values(x.sockets))
+		x.mu.Unlock()
+		for _, k := range sockets {
+			k.close()
+		}
+	}
+	return v
 }
 
 // await waits for the sockets, and reports whether they came.
@@ -392,6 +410,7 @@ func (x *execution) cannotStart() (text string, hasCode bool) {
 func (x *execution) newProcess(files [3]*os.File) *Process {
 	p := newProcess(files)
 	p.Instance, p.Args, p.Env, p.Dir = x.instance.Name, slices.Clone(x.req.Command), maps.Clone(x.env), x.req.Cwd
+	p.logf = x.s.logf
 	p.spawn = func(f func()) { x.spawn("background process", f) }
 	p.Env["container"] = "lxc"
 	if x.instance.Type == VM {
@@ -679,6 +698,7 @@ func (x *execution) stopped() {
 	x.mu.Unlock()
 	if p != nil {
 		p.deliver(9)
+		p.vanish()
 	}
 }
 
@@ -707,6 +727,7 @@ func (x *execution) abandon() {
 	x.mu.Unlock()
 	if p != nil {
 		p.deliver(9)
+		p.vanish()
 	}
 }
 

@@ -2,9 +2,11 @@ package lxdtest
 
 import (
 	"encoding/binary"
+	"fmt"
 	"net"
 	"net/http"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -63,8 +65,8 @@ type Verdict int
 
 const (
 	Proceed Verdict = iota // as if nothing had been
-	Skip                   // without what was about to happen: the request is not carried out, the chunk, mark or ping not sent
-	Cut                    // the connection ends here, without another byte
+	Skip                   // without what was about to happen: the request is not carried out, the chunk, mark or ping not sent, the operation not final
+	Cut                    // the connection ends here, without another byte; OnStart, OnExit and OnFinal: all sockets of the command
 )
 
 // A Point is the place at which a fault strikes.
@@ -160,8 +162,32 @@ func (s *Server) Inject(faults ...Fault) {
 		if f.Moment == "" {
 			f.Moment = OnRequest
 		}
+		if wrong := f.check(); wrong != "" {
+			panic("lxdtest: Fault: " + wrong)
+		}
 		s.faults = append(s.faults, &armed{Fault: f})
 	}
+}
+
+// check says what keeps a fault from ever striking.
+func (f Fault) check() string {
+	moments := []Moment{OnRequest, OnResponse, OnSend, OnReceive, OnMark, OnMarked, OnPing, OnStart, OnExit, OnFinal, OnStat, OnList}
+	routes := []Route{
+		"", RouteServer, RouteInstances, RouteExec, RouteOperation, RouteWait, RouteWebsocket, RouteEvents, RouteFiles, RouteSFTP, RouteLogs,
+	}
+	switch {
+	case f.Do == nil:
+		return "Do is nil"
+	case !slices.Contains(moments, f.Moment):
+		return fmt.Sprintf("there is no moment %q", f.Moment)
+	case !slices.Contains(routes, f.Route):
+		return fmt.Sprintf("there is no route %q", f.Route)
+	case !slices.Contains([]string{"", "0", "1", "2", "control"}, f.Socket):
+		return fmt.Sprintf("there is no socket %q: they are 0, 1, 2 and control", f.Socket)
+	case f.Nth < 0 || f.Bytes < 0:
+		return "Nth or Bytes is negative"
+	}
+	return ""
 }
 
 // ClearFaults takes all faults back.
@@ -388,7 +414,7 @@ func Until(ch <-chan struct{}) Action {
 // OnReceive a slow reader.
 func Slow(bytesPerSecond int) Action {
 	return func(p *Point) Verdict {
-		return Delay(time.Duration(len(p.Data)) * time.Second / time.Duration(bytesPerSecond))(p)
+		return Delay(time.Duration(len(p.Data)) * time.Second / time.Duration(max(1, bytesPerSecond)))(p)
 	}
 }
 
@@ -455,6 +481,8 @@ func LieSize(size int64) Action {
 	return func(p *Point) Verdict {
 		if p.Size != nil {
 			*p.Size = size
+		} else if p.Moment == OnResponse {
+			p.Header().Set("Content-Length", strconv.FormatInt(size, 10))
 		}
 		return Proceed
 	}

@@ -100,7 +100,10 @@ func (s *Server) getFile(w http.ResponseWriter, r *http.Request) {
 		for n, f := range list {
 			names[n] = f.Name()
 		}
-		a.gate.strike(OnList, func(p *Point) { p.Names = &names })
+		if a.gate.strike(OnList, func(p *Point) { p.Names = &names }) == Cut {
+			a.cut = true
+			return
+		}
 		s.reply(w, names)
 		return
 	case "symlink":
@@ -129,7 +132,10 @@ func (s *Server) serveFile(a *answer, r *http.Request, name string, info *fileIn
 	h.Set("Content-Type", "application/octet-stream")
 	h.Set("Content-Disposition", "inline;filename="+path.Base(name))
 	told := size
-	a.gate.strike(OnStat, func(p *Point) { p.Size = &told })
+	if a.gate.strike(OnStat, func(p *Point) { p.Size = &told }) == Cut {
+		a.cut = true
+		return
+	}
 	if told != size {
 		// A lie: the length is what was told, the body is what there is.
 		h.Set("Content-Length", strconv.FormatInt(told, 10))

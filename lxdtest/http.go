@@ -237,16 +237,23 @@ func (a *answer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 type receiver struct {
 	io.ReadCloser
 	gate gate
+	cut  error // it was struck
 }
 
 func (b *receiver) Read(p []byte) (int, error) {
-	n, err := b.ReadCloser.Read(p)
-	if n > 0 {
-		if e := b.gate.pass(OnReceive, p[:n], func([]byte) error { return nil }); e != nil {
-			return 0, e
-		}
+	if b.cut != nil {
+		return 0, b.cut
 	}
-	return n, err
+	n, err := b.ReadCloser.Read(p)
+	if n == 0 {
+		return 0, err
+	}
+	heard := 0
+	b.cut = b.gate.pass(OnReceive, p[:n], func(c []byte) error { heard += copy(p[heard:], c); return nil })
+	if b.cut != nil && heard == 0 {
+		return 0, b.cut
+	}
+	return heard, err
 }
 
 // envelope is the body of every answer.

@@ -65,12 +65,17 @@ func (s *Server) hasImage(fingerprint string) bool {
 	return slices.ContainsFunc(s.aliases(), func(a string) bool { return strings.HasPrefix(imageFingerprint(a), fingerprint) })
 }
 
-// aliases are those that can be listed: without a list in Images there is one for show.
+// aliases are those that can be listed: without a list in Images those that somebody has asked for, or one for show.
 func (s *Server) aliases() []string {
-	if s.Images == nil {
+	if s.Images != nil {
+		return s.Images
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.asked) == 0 {
 		return []string{"default"}
 	}
-	return s.Images
+	return slices.Clone(s.asked)
 }
 
 func aliasJSON(alias string) map[string]any {
@@ -129,6 +134,11 @@ func (s *Server) getAliases(w http.ResponseWriter, r *http.Request) {
 
 func (s *Server) getAlias(w http.ResponseWriter, r *http.Request) {
 	if name := r.PathValue("name"); s.hasAlias(name) {
+		s.mu.Lock()
+		if s.Images == nil && !slices.Contains(s.asked, name) {
+			s.asked = append(s.asked, name) // lxc goes on with its fingerprint
+		}
+		s.mu.Unlock()
 		s.reply(w, aliasJSON(name))
 		return
 	}

@@ -52,6 +52,7 @@ const (
 	Running Status = "Running" // the default
 	Stopped Status = "Stopped"
 	Frozen  Status = "Frozen"
+	Error   Status = "Error"
 )
 
 func (s Status) code() int {
@@ -60,6 +61,8 @@ func (s Status) code() int {
 		return codeStopped
 	case Frozen:
 		return codeFrozen
+	case Error:
+		return codeError
 	}
 	return codeRunning
 }
@@ -83,6 +86,9 @@ type instance struct {
 // AddInstance adds an instance. It panics if there is one of that name already, or if the
 // directory cannot be had.
 func (s *Server) AddInstance(i Instance) {
+	if s.isClosed() {
+		panic("lxdtest: AddInstance: the server has been closed")
+	}
 	if _, err := s.add(i, ""); err != nil {
 		panic("lxdtest: " + err.Error())
 	}

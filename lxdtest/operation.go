@@ -19,13 +19,14 @@ const (
 	codeRunning   = 103
 	codePending   = 105
 	codeFrozen    = 110
+	codeError     = 112
 	codeSuccess   = 200
 	codeFailure   = 400
 	codeCancelled = 401
 )
 
 var statusNames = map[int]string{
-	codeStopped: "Stopped", codeRunning: "Running", codePending: "Pending", codeFrozen: "Frozen",
+	codeStopped: "Stopped", codeRunning: "Running", codePending: "Pending", codeFrozen: "Frozen", codeError: "Error",
 	codeSuccess: "Success", codeFailure: "Failure", codeCancelled: "Cancelled",
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"syscall"
@@ -35,11 +36,14 @@ type Process struct {
 	Stdout io.Writer
 	Stderr io.Writer
 
-	files  [3]*os.File
-	spawn  func(func()) // a goroutine that Close waits for
-	ctx    context.Context
-	cancel context.CancelFunc
-	exited chan struct{}
+	files      [3]*os.File
+	spawn      func(func()) // a goroutine that Close waits for
+	ctx        context.Context
+	cancel     context.CancelFunc
+	background context.Context // of what it leaves behind
+	vanish     context.CancelFunc
+	logf       func(format string, args ...any)
+	exited     chan struct{}
 
 	mu       sync.Mutex // guards what follows
 	code     int
@@ -67,6 +71,7 @@ type notification struct {
 func newProcess(files [3]*os.File) *Process {
 	p := &Process{files: files, exited: make(chan struct{}), holders: 1, resizes: make(chan Size, 1)}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
+	p.background, p.vanish = context.WithCancel(context.Background())
 	p.Stdin = files[0]
 	p.Stdout, p.Stderr = &output{p, files[1]}, &output{p, files[2]}
 	return p
@@ -110,14 +115,14 @@ func (p *Process) Size() Size {
 func (p *Process) Resizes() <-chan Size { return p.resizes }
 
 // Go runs f as a background process that the command leaves behind: f holds stdin, stdout and stderr
-// open until it returns, even after the handler has.
-func (p *Process) Go(f func()) {
+// open until it returns, even after the handler has. Its context ends when the instance stops and when the server is closed.
+func (p *Process) Go(f func(context.Context)) {
 	p.mu.Lock()
 	p.holders++
 	p.mu.Unlock()
 	p.spawn(func() {
 		defer p.release()
-		f()
+		f(p.background)
 	})
 }
 
@@ -143,11 +148,19 @@ func (p *Process) closeFiles() {
 
 // run runs the handler. The handler itself may outlive the process.
 func (p *Process) run(h Handler) {
-	code := 127
-	if h != nil {
-		code = h(p)
+	code := 1 // of one that ends its goroutine, as t.FailNow does
+	defer func() {
+		if err := recover(); err != nil {
+			p.logf("lxdtest: panic in the handler of a process: %v\n%s", err, debug.Stack())
+			code = 128 + 6 // SIGABRT
+		}
+		p.end(code & 0xff)
+	}()
+	if h == nil {
+		code = 127
+		return
 	}
-	p.end(code & 0xff)
+	code = h(p)
 }
 
 // end is the end of the process as far as the client can tell.

@@ -63,6 +63,7 @@ type Server struct {
 	execs      []*execution
 	requests   []Request
 	faults     []*armed
+	asked      []string // aliases
 }
 
 // A task is a goroutine of the server, named for the one who waits for it.
@@ -116,6 +117,9 @@ func (s *Server) Start() {
 }
 
 func (s *Server) serve(l net.Listener, url string) {
+	if s.isClosed() {
+		panic("lxdtest: the server has been closed, it cannot be started")
+	}
 	if s.URL != "" {
 		panic("lxdtest: server already started")
 	}

@@ -1,6 +1,7 @@
 package lxdtest_test
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"log"
@@ -216,7 +217,7 @@ func TestHandler(t *testing.T) {
 			}
 		},
 		"child": func(p *lxdtest.Process) int {
-			p.Go(func() {
+			p.Go(func(context.Context) {
 				<-released
 				fmt.Fprint(p.Stdout, "late")
 			})

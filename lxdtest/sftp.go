@@ -81,6 +81,7 @@ type sftpSession struct {
 	in      io.Reader
 	out     gate
 	into    gate
+	cut     bool // a fault ends the connection
 	handles map[string]*handle
 	next    int
 }
@@ -117,6 +118,16 @@ func (s *Server) getSFTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	a := w.(*answer)
+	switch a.gate.strike(OnResponse) {
+	case Cut:
+		a.cut = true
+		return
+	case Skip:
+		if !a.wrote { // by the fault itself
+			a.suppressed, a.wrote = true, true
+		}
+		return
+	}
 	c, rw, err := a.Hijack()
 	if err != nil {
 		s.fail(w, 500, err.Error())
@@ -173,11 +184,15 @@ func (x *sftpSession) serve() {
 		if _, err := io.ReadFull(r, body); err != nil {
 			return
 		}
-		if err := x.into.pass(OnReceive, body, func([]byte) error { return nil }); err != nil {
+		var heard []byte
+		if err := x.into.pass(OnReceive, body, func(b []byte) error { heard = append(heard, b...); return nil }); err != nil {
 			return
 		}
-		answer, ok := x.handle(body[0], &packet{b: body[1:]})
-		if !ok {
+		if len(heard) == 0 {
+			continue // swallowed
+		}
+		answer, ok := x.handle(heard[0], &packet{b: heard[1:]})
+		if !ok || x.cut {
 			return
 		}
 		framed := binary.BigEndian.AppendUint32(make([]byte, 0, 4+len(answer)), uint32(len(answer)))
@@ -494,7 +509,7 @@ func (x *sftpSession) attrs(id uint32, stat func(string) (*fileInfo, error), nam
 
 func (x *sftpSession) putAttrs(b []byte, info *fileInfo) []byte {
 	size := info.Size()
-	x.out.strike(OnStat, func(p *Point) { p.Size = &size })
+	x.cut = x.out.strike(OnStat, func(p *Point) { p.Size = &size }) == Cut || x.cut
 	b = binary.BigEndian.AppendUint32(b, attrSize|attrOwner|attrMode|attrTimes)
 	b = binary.BigEndian.AppendUint64(b, uint64(size))
 	b = binary.BigEndian.AppendUint32(b, uint32(info.uid))
@@ -611,7 +626,7 @@ func (x *sftpSession) tell(list []*fileInfo) []*fileInfo {
 		byName[info.Name()] = info
 	}
 	before := strings.Join(names, "/")
-	x.out.strike(OnList, func(p *Point) { p.Names = &names })
+	x.cut = x.out.strike(OnList, func(p *Point) { p.Names = &names }) == Cut || x.cut
 	if strings.Join(names, "/") == before {
 		return list
 	}

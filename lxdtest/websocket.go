@@ -1,6 +1,7 @@
 package lxdtest
 
 import (
+	"errors"
 	"io"
 	"net/http"
 	"net/url"
@@ -22,6 +23,9 @@ type socket struct {
 	writing sync.Mutex // one message after the other
 }
 
+// errRefused is upgrade's when a fault has answered in its place.
+var errRefused = errors.New("lxdtest: refused by a fault")
+
 // upgrade answers the handshake. A socket that comes back has to be closed.
 func (s *Server) upgrade(w http.ResponseWriter, r *http.Request, p Point, name string) (*socket, error) {
 	upgrader := websocket.Upgrader{
@@ -33,6 +37,9 @@ func (s *Server) upgrade(w http.ResponseWriter, r *http.Request, p Point, name s
 		},
 	}
 	verdict := (&gate{s: s, point: p}).strike(OnResponse)
+	if w.(*answer).wrote {
+		return nil, errRefused // by the fault itself
+	}
 	w.(*answer).mute = verdict != Proceed
 	ws, err := upgrader.Upgrade(w, r, nil)
 	if err != nil {
@@ -210,7 +217,7 @@ func (s *Server) getWebsocket(w http.ResponseWriter, r *http.Request) {
 	k, err := s.upgrade(w, r, p, "socket "+name+" of operation "+op.id)
 	if err != nil {
 		// gorilla has answered with a line; the real one adds its own error to it.
-		if !a.hijacked {
+		if !a.hijacked && err != errRefused {
 			_, _ = a.Write(append(encode(envelope{Type: "error", ErrorCode: 500, Error: err.Error()}), '\n'))
 		}
 		return
