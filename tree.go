@@ -184,7 +184,6 @@ type tree struct {
 	stats   TreeStats
 	entries int
 	last    string // the entry that an upload has come to
-	remote  string // the tree's directory in the host
 
 	mu       sync.Mutex // guards detached
 	detached bool       // the caller's functions must not be called again
@@ -216,9 +215,6 @@ func (tr *tree) end(op, remote string, err error) (TreeStats, error) {
 	defer tr.mu.Unlock()
 	return tr.stats, err
 }
-
-// restart forgets what was counted on a way that turned out not to be open.
-func (tr *tree) restart() { tr.stats, tr.entries = TreeStats{}, 0 }
 
 // errDetached ends a goroutine that was left alone in a function of the caller's.
 var errDetached = errors.New("the transfer has ended")

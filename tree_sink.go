@@ -473,7 +473,11 @@ func (s *sink) place(name string, isDir, dry bool) error {
 	if dry {
 		return nil
 	}
-	return s.local(name, s.dst.Rename(filepath.Join(s.stage, to), to))
+	err = s.dst.Rename(filepath.Join(s.stage, to), to)
+	if now, statErr := s.dst.Lstat(to); err != nil && isDir && statErr == nil && now.IsDir() {
+		return s.fillDir(name, false) // somebody else was faster
+	}
+	return s.local(name, err)
 }
 
 // fillDir merges a directory into one that exists, and gives that the mode and time of the new one.

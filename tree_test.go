@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -76,10 +75,17 @@ func onTars(t *testing.T, test func(t *testing.T, host *transport.LXD)) {
 	}
 }
 
+func goroot(t *testing.T) string {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), "go", "env", "GOROOT").Output()
+	require.NoError(t, err)
+	return strings.TrimSpace(string(out))
+}
+
 // TestTreeOfTheToolchain: more than ten thousand files up and down again.
 func TestTreeOfTheToolchain(t *testing.T) {
 	onTars(t, func(t *testing.T, host *transport.LXD) {
-		src := filepath.Join(runtime.GOROOT(), "src")
+		src := filepath.Join(goroot(t), "src")
 		up, err := transport.UploadTree(soon(t), host, "/src", os.DirFS(src), keepLinks)
 		require.NoError(t, err)
 		dir, down, err := into(t, host, "/src", keepLinks)
@@ -122,7 +128,7 @@ func TestTreeOfAnotherUser(t *testing.T) {
 // TestTreeIsInterrupted: in the middle of a tree, in both directions, on every way. Nothing is left, and it can be run again.
 func TestTreeIsInterrupted(t *testing.T) {
 	onTars(t, func(t *testing.T, host *transport.LXD) {
-		src := filepath.Join(runtime.GOROOT(), "src", "cmd")
+		src := filepath.Join(goroot(t), "src", "cmd")
 		for _, down := range []bool{false, true} {
 			ctx, cancel := context.WithCancelCause(soon(t))
 			why := errors.New("enough")
