@@ -99,7 +99,7 @@ func (t *LXD) uploadREST(ctx context.Context, dst string, in *source, opts *Uplo
 		mkdir = "yes"
 	}
 	if _, err := t.script(ctx, scriptBefore, dst, dir, mkdir, owner); err != nil {
-		return err
+		return orCause(ctx, err)
 	}
 	tmp := temporary(dst)
 	posting, cancel := context.WithCancel(ctx)
