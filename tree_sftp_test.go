@@ -342,6 +342,7 @@ func TestUploadsShareSessions(t *testing.T) {
 // An idle session does not outlive its time, for it keeps the instance from stopping, and one whose instance was stopped is not used again.
 func TestSessionsAndTheInstance(t *testing.T) {
 	t.Parallel()
+	reallxd.Need(t)
 	s := reallxd.Unix(t)
 	name := reallxd.Create(t, s)
 	t.Cleanup(func() { reallxd.Delete(t, s, name) })
