@@ -204,5 +204,7 @@ func (t *LXD) openSFTP(ctx context.Context) (*sftp.Client, error) {
 	if err != nil {
 		return nil, t.explain(ctx, err)
 	}
-	return sftp.New(ctx, conn)
+	hello, cancel := within(ctx, connectTimeout)
+	defer cancel()
+	return sftp.New(hello, conn)
 }

@@ -107,8 +107,8 @@ func newRESTClient(server lxd.InstanceServer, opts *LXDOptions) (*restClient, er
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	r.dialer = websocket.Dialer{
-		NetDialContext:    t.DialContext,
-		NetDialTLSContext: t.DialTLSContext,
+		NetDialContext:    bounded(t.DialContext),
+		NetDialTLSContext: bounded(t.DialTLSContext),
 		TLSClientConfig:   t.TLSClientConfig,
 		Proxy:             t.Proxy,
 		Jar:               client.Jar,
@@ -413,6 +413,8 @@ func (t *LXD) explain(ctx context.Context, err error) error {
 	default:
 		return err
 	}
+	ctx, cancel := within(ctx, t.liveness)
+	defer cancel()
 	status, askErr := t.status(ctx)
 	var no *apiError
 	switch {

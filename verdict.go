@@ -49,7 +49,8 @@ func (e *execution) verdict(f fate) error {
 	if e.copyErr != nil {
 		errs = append(errs, e.copyErr)
 	}
-	if e.sweep != nil {
+	// A ctx that ends when all is over but the telling changes nothing.
+	if e.sweep != nil && (e.interrupted || e.cut || e.copyErr != nil) {
 		errs = append(errs, errors.New(e.ending(f)))
 	}
 	if len(errs) == 0 {
