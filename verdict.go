@@ -23,7 +23,7 @@ func (e *execution) verdict(f fate) error {
 		}
 		errs = append(errs, exit)
 	}
-	if e.outer.Err() != nil && (e.interrupted || e.cut) {
+	if e.outer.Err() != nil && (e.interrupted || e.cut || !f.exited) {
 		errs = append(errs, context.Cause(e.outer))
 	}
 	switch {
