@@ -297,6 +297,9 @@ func (e *execution) request() (map[string]string, error) {
 		if e.ctx.Err() != nil {
 			return nil, context.Cause(e.ctx)
 		}
+		if ctx.Err() != nil {
+			e.t.rest.stale()
+		}
 		return nil, e.t.explain(e.ctx, err)
 	}
 	e.id = op.ID

@@ -174,7 +174,7 @@ func FuzzAnswers(f *testing.F) {
 		}
 		if s, err := host.openSFTP(ctx); err == nil {
 			s.Stat(ctx, "/x")
-			s.close()
+			s.Close()
 		} else {
 			short(t, err)
 		}

@@ -40,6 +40,10 @@ type LXDOptions struct {
 	// the order in which they came. 0: no limit.
 	MaxExecs int
 
+	// ClusterAddresses are host:port of members of the server's cluster, besides the one of the connection: when one cannot be reached, the
+	// next command goes through another. [DialLXD] learns them from the cluster itself, if it may. They have no meaning for a unix socket.
+	ClusterAddresses []string
+
 	// Liveness is how long the server may be silent while a command runs, before it is taken for dead: a server or a link that vanished without
 	// a word, or a member of a cluster that hangs behind one that does not. The error then says that the command may still run. A command
 	// that prints nothing, and a writer that takes nothing, are no silence of the server's, which is asked again and again. At least 3 s; 0: a minute.
@@ -96,9 +100,15 @@ func NewLXD(server lxd.InstanceServer, instance string, opts *LXDOptions) (*LXD,
 	if opts == nil {
 		opts = new(LXDOptions)
 	}
-	fail := func(err error) (*LXD, error) {
+	t, err := newLXD(server, instance, opts)
+	if err != nil {
 		return nil, fmt.Errorf("transport: LXD instance %q: %w", instance, err)
 	}
+	return t, nil
+}
+
+func newLXD(server lxd.InstanceServer, instance string, opts *LXDOptions) (*LXD, error) {
+	fail := func(err error) (*LXD, error) { return nil, err }
 	switch {
 	case server == nil:
 		return fail(errors.New("the connection (server) is nil"))
@@ -204,7 +214,11 @@ func (o *LXDOptions) tlsConfig(base *tls.Config) (*tls.Config, error) {
 	}
 	verify := cfg.VerifyConnection
 	cfg.VerifyConnection = func(s tls.ConnectionState) error { // also called for a resumed session
-		if got := fingerprint(s.PeerCertificates[0]); got != want {
+		leaf := s.PeerCertificates[0]
+		if now := time.Now(); now.Before(leaf.NotBefore) || now.After(leaf.NotAfter) {
+			return fmt.Errorf("the server's certificate is valid from %v to %v, and now it is %v", leaf.NotBefore, leaf.NotAfter, now.UTC().Truncate(time.Second))
+		}
+		if got := fingerprint(leaf); got != want {
 			return fmt.Errorf("the server's certificate has the fingerprint %s, but %s is pinned: either it was replaced, or this is not the server", got, want)
 		}
 		if verify != nil {

@@ -110,6 +110,7 @@ func (t *LXD) waitOperation(ctx context.Context, id string, ended context.Contex
 			last = errors.New("LXD says that it is running")
 		default:
 			last = err
+			t.rest.stale()
 			patience := t.liveness
 			if ended.Err() != nil {
 				patience = min(patience, forgetAfter)

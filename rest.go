@@ -31,8 +31,9 @@ type restClient struct {
 	project string
 	socket  string // path of the unix socket, "" if it is not one or not known
 
-	http   *http.Client
-	dialer websocket.Dialer
+	http    *http.Client
+	dialer  websocket.Dialer
+	cluster *members // nil: one address
 
 	wrapped bool       // the connection's requests go through a wrapper that may add headers
 	mu      sync.Mutex // guards extra; held while the wrapper is asked
@@ -97,6 +98,10 @@ func newRESTClient(server lxd.InstanceServer, opts *LXDOptions) (*restClient, er
 			return nil, err
 		}
 		t.DialTLSContext = nil
+		if r.cluster = newMembers(r.base, t.TLSClientConfig, t.DialContext); r.cluster != nil {
+			r.cluster.add(opts.ClusterAddresses)
+			t.DialTLSContext = r.cluster.dial
+		}
 	} else if opts.TLSClientCert+opts.TLSClientKey+opts.TLSServerCert+opts.ServerFingerprint != "" {
 		return nil, fmt.Errorf("LXDOptions has TLS settings, but the connection (%s) does not use our TLS", r.base)
 	}
@@ -117,6 +122,29 @@ func newRESTClient(server lxd.InstanceServer, opts *LXDOptions) (*restClient, er
 		WriteBufferPool:   new(sync.Pool),
 	}
 	return r, nil
+}
+
+// members makes more ways into the server's cluster known.
+func (r *restClient) members(hosts []string) {
+	if r.cluster != nil {
+		r.cluster.add(hosts)
+	}
+}
+
+// stale takes note that an answer did not come. If that is because of the member of the cluster that was asked, the next question goes to another.
+func (r *restClient) stale() {
+	if r.cluster != nil {
+		r.cluster.shun()
+		r.http.CloseIdleConnections()
+	}
+}
+
+// where names the server's address.
+func (r *restClient) where() string {
+	if strings.HasPrefix(r.base, "http:") {
+		return r.socket
+	}
+	return r.base
 }
 
 // request makes a request with the connection's credentials. path begins with /1.0.
