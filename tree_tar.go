@@ -47,7 +47,8 @@ if [ $kind = gnu ]; then s="$s -P"; fi
 exec tar -x -p $s -f - -C "$d"
 `
 
-// tarDownload gets the directory as $1.
+// tarDownload gets the directory as $1. LXD makes a message of every piece that it reads: busybox tar, which cannot be told to write large ones, has dd
+// collect them, which halves the time of many small files.
 const tarDownload = tarPrelude + `if [ ! -d "$1" ]; then
 	if [ -e "$1" ] || [ -L "$1" ]; then echo file; else echo absent; fi
 	exit 0
@@ -55,9 +56,13 @@ fi
 cd "$1" 2>&1 || { echo failed; exit 0; }
 echo $kind
 case $kind in
-gnu) exec tar -c -f - --format=gnu --hard-dereference --quoting-style=literal .;;
-busybox) exec tar -c -f - .;;
-bsdtar) exec tar -c -f - --format gnutar .;;
+gnu) exec tar -c -b 128 -f - --format=gnu --hard-dereference --quoting-style=literal .;;
+busybox)
+	command -v dd >/dev/null || exec tar -c -f - .
+	exec 3>&1
+	s=$({ { tar -c -f - . 3>&- 4>&-; echo $? >&4; } | dd obs=64k 2>/dev/null >&3 3>&- 4>&- || echo 1 >&4; } 4>&1)
+	[ "$s" = 0 ] || exit 1;;
+bsdtar) exec tar -c -b 128 -f - --format gnutar .;;
 esac
 `
 
