@@ -135,8 +135,10 @@ type execution struct {
 	interrupted bool        // a signal was sent because ctx had ended
 	killed      bool        // KILL, too
 	cut         bool        // outputs were cut on purpose
+	broken      bool        // outputs had ended without their mark before: the link was lost, not only the command
 	over        bool        // and the wait for the operation was given up
 	late        *time.Timer // ends ended
+	settled     bool        // LXD has told the command's end
 	next        *time.Timer // the next step after interrupt
 	drain       *time.Timer // looks after outputs that do not end
 	copyErr     error       // the first
@@ -427,7 +429,7 @@ func (e *execution) serve(conns map[string]*websocket.Conn) {
 	if cmd.TTY == nil {
 		ping = func() { discardPings(conns["0"]) }
 	}
-	e.readers.Go(func() { e.control.run(ping); e.exit() })
+	e.readers.Go(func() { e.control.run(ping, e.cutLink, e.t.liveness); e.exit() })
 	e.input = &input{r: cmd.Stdin, tty: cmd.TTY != nil, conn: conns["0"], done: make(chan struct{}), fail: e.fail}
 	if cmd.Stdin == nil {
 		e.input.run()
@@ -491,6 +493,9 @@ func (e *execution) run() error {
 	defer e.end()
 	stop := context.AfterFunc(e.ctx, e.interrupt)
 	f := e.t.waitOperation(e.asking, e.id, e.ended)
+	e.mu.Lock()
+	e.settled = f.exited
+	e.mu.Unlock()
 	e.exit()
 	select {
 	case <-e.drained:
@@ -613,6 +618,9 @@ func (e *execution) exit() {
 // lookAfter cuts the outputs when one of them has waited for messages for WaitDelay since the command's end. Messages that follow each
 // other closely take their time from nobody, however slow the link or the caller's writer is: what the command wrote before its
 // end has to arrive whole. But more than pipes and sockets can hold is not the command's.
+//
+// When LXD has told the end, all output is on its way, with its mark, and nothing can be added to it: it may take its time then, as long as
+// something moves.
 func (e *execution) lookAfter() {
 	e.step(func() {
 		e.mu.Lock()
@@ -622,7 +630,10 @@ func (e *execution) lookAfter() {
 			if now.ended {
 				continue
 			}
-			waited := max(now.waited-e.then[i].waited, min(now.still, time.Since(e.exited)))
+			waited := min(now.still, time.Since(e.exited))
+			if !e.settled {
+				waited = max(waited, now.waited-e.then[i].waited)
+			}
 			if waited >= delay || now.received-e.then[i].received > maxTail {
 				e.mu.Unlock()
 				e.cutOutputs()
@@ -640,15 +651,28 @@ func (e *execution) lookAfter() {
 	})
 }
 
+// cutLink ends all connections when they are found to be dead. LXD ends the command when it notices.
+func (e *execution) cutLink() { e.step(e.closeAll) }
+
 // cutOutputs ends the wait for the outputs, and soon that for the operation.
 func (e *execution) cutOutputs() {
 	e.step(func() {
 		e.mu.Lock()
+		e.noteBroken()
 		e.cut = true
 		e.drain = time.AfterFunc(statusGrace, e.cutOff)
 		e.mu.Unlock()
 		e.closeAll()
 	})
+}
+
+// noteBroken notes whether the link was lost, before the outputs are cut on purpose. mu is held.
+func (e *execution) noteBroken() {
+	for _, o := range e.outputs {
+		if whole, _ := o.result(); !e.cut && !whole && o.progress().ended {
+			e.broken = true
+		}
+	}
 }
 
 // interrupt is called when ctx has ended.
@@ -739,6 +763,7 @@ func (e *execution) cutOff() {
 	e.step(func() {
 		e.mu.Lock()
 		first := !e.over
+		e.noteBroken()
 		e.cut, e.over = true, true
 		e.mu.Unlock()
 		if !first {

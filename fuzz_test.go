@@ -101,7 +101,7 @@ func FuzzControlFrames(f *testing.F) {
 		ws := socketThatSays(t, sent)
 		defer ws.Close()
 		pings := 0
-		(&control{conn: ws}).run(func() { pings++ })
+		(&control{conn: ws}).run(func() { pings++ }, func() {}, time.Minute)
 		if pings > len(sent)/2 {
 			t.Errorf("%d pings in %d bytes", pings, len(sent))
 		}

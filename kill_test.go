@@ -6,8 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"os/exec"
 	"strconv"
 	"strings"
 	"sync"
@@ -25,7 +23,7 @@ import (
 
 // What a cancelled command leaves behind on the real server: nothing.
 
-var errEnough = errors.New("enough")
+var errKillTest = errors.New("enough")
 
 var tokens atomic.Int64
 
@@ -117,10 +115,10 @@ func cancelAndLook(t *testing.T, host *transport.LXD, instance, script string, c
 	mine := newToken()
 	ctx, cancel := context.WithCancelCause(soon(t))
 	defer cancel(nil)
-	cmd.Args, cmd.Stdout = transport.Shell(script, mine), upThen(func() { cancel(errEnough) })
+	cmd.Args, cmd.Stdout = transport.Shell(script, mine), upThen(func() { cancel(errKillTest) })
 	err := host.Exec(ctx, cmd)
 	assertNone(t, instance, mine)
-	assert.ErrorIs(t, err, errEnough)
+	assert.ErrorIs(t, err, errKillTest)
 	if code != 0 {
 		got, exited := transport.ExitCode(err)
 		assert.True(t, exited, "%v", err)
@@ -214,9 +212,9 @@ func TestShells(t *testing.T) {
 				defer cancel(nil)
 				start := time.Now()
 				err := host.Exec(ctx, transport.Command{Args: []string{"/bin/busybox", "sh", "-c", `echo up; trap "" TERM; while :; do busybox usleep 100000; done`, mine},
-					Stdout: upThen(func() { cancel(errEnough) }), WaitDelay: 500 * time.Millisecond})
+					Stdout: upThen(func() { cancel(errKillTest) }), WaitDelay: 500 * time.Millisecond})
 				assert.Less(t, time.Since(start), patience)
-				assert.ErrorIs(t, err, errEnough)
+				assert.ErrorIs(t, err, errKillTest)
 				code, _ := transport.ExitCode(err)
 				assert.Equal(t, 137, code)
 				assert.ErrorContains(t, err, "it was ended by KILL; whether it has left processes behind was not confirmed: ")
@@ -230,7 +228,7 @@ func TestShells(t *testing.T) {
 				instance := reallxd.Own(t, reallxd.Unix(t))
 				host := newLXD(t, reallxd.Unix(t), instance, nil)
 				if name != "ash" {
-					putProgram(t, host, name)
+					putProgram(t, host, name, "/usr/bin/"+name)
 					busybox(t, host, "rm", "/bin/sh")
 					busybox(t, host, "ln", "-s", "/usr/bin/"+name, "/bin/sh")
 				}
@@ -253,27 +251,6 @@ func TestShells(t *testing.T) {
 	})
 }
 
-// putProgram uploads a program of this machine with the libraries that it needs.
-func putProgram(t *testing.T, host *transport.LXD, name string) {
-	t.Helper()
-	program, err := exec.LookPath(name)
-	if err != nil {
-		t.Skipf("this machine has no %s", name)
-	}
-	said, _ := exec.Command("ldd", program).Output() // fails where it needs none
-	files := map[string]string{"/usr/bin/" + name: program}
-	for _, word := range strings.Fields(string(said)) {
-		if strings.HasPrefix(word, "/") {
-			files[word] = word
-		}
-	}
-	for to, from := range files {
-		f, err := os.Open(from)
-		require.NoError(t, err)
-		require.NoError(t, host.Upload(soon(t), to, f, &transport.UploadOptions{Mode: 0o755, MkdirAll: true}))
-		f.Close()
-	}
-}
 
 // What the script says is waited for, however busy the server is.
 func TestReaperIsHeardToItsEnd(t *testing.T) {
@@ -288,8 +265,8 @@ func TestReaperIsHeardToItsEnd(t *testing.T) {
 	defer cancel(nil)
 	err := host.Exec(ctx, transport.Command{Args: transport.Shell("setsid sleep 1000 >/dev/null 2>&1 & echo up; wait"), Stdout: upThen(func() {
 		s.Inject(websocket("1", lxdtest.OnMark, lxdtest.Delay(200*time.Millisecond)))
-		cancel(errEnough)
+		cancel(errKillTest)
 	})})
-	assert.ErrorIs(t, err, errEnough)
+	assert.ErrorIs(t, err, errKillTest)
 	assert.ErrorContains(t, err, "descendants killed: 1")
 }

@@ -1,7 +1,6 @@
 package transport
 
 import (
-	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
@@ -125,7 +124,7 @@ func newLXD(server lxd.InstanceServer, instance string, opts *LXDOptions) (*LXD,
 	if err != nil {
 		return fail(err)
 	}
-	t := &LXD{instance: instance, project: rest.project, rest: rest, log: opts.Logger, liveness: cmp.Or(opts.Liveness, defaultLiveness), starts: make(chan struct{}, maxStarts)}
+	t := &LXD{instance: instance, project: rest.project, rest: rest, log: opts.Logger, liveness: rest.patience, starts: make(chan struct{}, maxStarts)}
 	if t.log == nil {
 		t.log = slog.New(slog.DiscardHandler)
 	}

@@ -76,6 +76,9 @@ const (
 	forgetAfter = 5 * time.Second
 )
 
+// errRunning: that was the server's last word.
+var errRunning = errors.New("LXD says that it is running")
+
 var errGone = errors.New("LXD does not know the operation any more: it was restarted, or asked more than 5 s after the command's end")
 
 // waitOperation waits until an operation ends, or ctx does. The answer comes in several forms: the operation; an error body
@@ -107,7 +110,7 @@ func (t *LXD) waitOperation(ctx context.Context, id string, ended context.Contex
 			return fate{err: last}
 		case err == nil:
 			failing = time.Now()
-			last = errors.New("LXD says that it is running")
+			last = errRunning
 		default:
 			last = err
 			t.rest.stale()

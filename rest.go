@@ -2,6 +2,7 @@ package transport
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -30,6 +31,8 @@ type restClient struct {
 	base    string // http://unix.socket or https://host:port
 	project string
 	socket  string // path of the unix socket, "" if it is not one or not known
+
+	patience time.Duration // bounds a request and its answer
 
 	http    *http.Client
 	dialer  websocket.Dialer
@@ -60,7 +63,7 @@ func newRESTClient(server lxd.InstanceServer, opts *LXDOptions) (*restClient, er
 	if err != nil {
 		return nil, fmt.Errorf("the connection: %w", err)
 	}
-	r := &restClient{server: server, base: strings.TrimSuffix(info.URL, "/"), project: opts.Project, socket: info.SocketPath}
+	r := &restClient{server: server, base: strings.TrimSuffix(info.URL, "/"), project: opts.Project, socket: info.SocketPath, patience: cmp.Or(opts.Liveness, defaultLiveness)}
 	if r.project == "" {
 		r.project = info.Project
 	}
@@ -133,9 +136,9 @@ func (r *restClient) members(hosts []string) {
 
 // stale takes note that an answer did not come. If that is because of the member of the cluster that was asked, the next question goes to another.
 func (r *restClient) stale() {
+	r.http.CloseIdleConnections() // they may be as dead
 	if r.cluster != nil {
 		r.cluster.shun()
-		r.http.CloseIdleConnections()
 	}
 }
 
@@ -290,6 +293,8 @@ func quoted(s string) string {
 // call sends a request and decodes the metadata of its answer into out, which may be nil. body is sent as JSON unless it
 // is nil. The error is an *apiError where the server said no.
 func (r *restClient) call(ctx context.Context, method, path string, query url.Values, body, out any) error {
+	ctx, cancel := within(ctx, r.patience)
+	defer cancel()
 	var encoded []byte
 	if body != nil {
 		var err error

@@ -224,7 +224,14 @@ func (o *output) copyMessage(message io.Reader) error {
 	chunk := chunks.Get().(*[stdinMessage]byte)
 	defer chunks.Put(chunk)
 	for {
-		n, err := io.ReadFull(message, chunk[:])
+		var n int
+		var err error
+		for n < len(chunk) && err == nil {
+			var k int
+			k, err = message.Read(chunk[n:])
+			n += k
+			o.move() // a slow link takes long for one message
+		}
 		if n > 0 {
 			o.write(chunk[:n])
 		}
@@ -270,6 +277,13 @@ func (o *output) write(p []byte) {
 	if err != nil {
 		o.fail(&copyError{o.name, err})
 	}
+}
+
+// move notes that something has come.
+func (o *output) move() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.moved = time.Now()
 }
 
 // await notes whether the next message is waited for.
