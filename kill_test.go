@@ -211,7 +211,7 @@ func TestShells(t *testing.T) {
 				ctx, cancel := context.WithCancelCause(soon(t))
 				defer cancel(nil)
 				start := time.Now()
-				err := host.Exec(ctx, transport.Command{Args: []string{"/bin/busybox", "sh", "-c", `echo up; trap "" TERM; while :; do busybox usleep 100000; done`, mine},
+				err := host.Exec(ctx, transport.Command{Args: []string{"/bin/busybox", "sh", "-c", `trap "" TERM; echo up; while :; do busybox usleep 100000; done`, mine},
 					Stdout: upThen(func() { cancel(errKillTest) }), WaitDelay: 500 * time.Millisecond})
 				assert.Less(t, time.Since(start), patience)
 				assert.ErrorIs(t, err, errKillTest)
@@ -250,7 +250,6 @@ func TestShells(t *testing.T) {
 		}
 	})
 }
-
 
 // What the script says is waited for, however busy the server is.
 func TestReaperIsHeardToItsEnd(t *testing.T) {

@@ -30,7 +30,6 @@ type proxy struct {
 	frozen bool          // nothing is passed on, on new connections neither
 	rate   int           // bytes a second and direction; 0: as many as there are
 	delay  time.Duration // before a piece is passed on
-	passed int64         // bytes, both directions
 	asked  []string      // first lines of what clients sent, where it is not encrypted
 	closed bool
 }
@@ -105,65 +104,92 @@ func (p *proxy) serve(client net.Conn) {
 		reset(client)
 		return
 	}
+	// LXD accepts nothing else on its unix socket while a connection says nothing: it may not be there before it does.
+	start := make([]byte, 16<<10)
+	both := &pair{client: client}
+	p.mu.Lock()
+	p.pairs[both] = true
+	p.mu.Unlock()
+	defer func() {
+		p.mu.Lock()
+		delete(p.pairs, both)
+		p.mu.Unlock()
+	}()
+	n, err := client.Read(start)
+	if err != nil || !p.pass(both) {
+		return
+	}
 	server, err := net.Dial(p.network, p.target)
 	if err != nil {
 		return
 	}
 	defer server.Close()
-	both := &pair{client: client, server: server}
 	p.mu.Lock()
-	if p.closed {
+	if !p.pairs[both] {
 		p.mu.Unlock()
 		return
 	}
-	p.pairs[both] = true
+	both.server = server
 	p.mu.Unlock()
 	var done sync.WaitGroup
-	done.Go(func() { p.forward(both, server, client, true) })
-	p.forward(both, client, server, false)
+	done.Go(func() { p.forward(both, server, client, start[:n]) })
+	p.forward(both, client, server, nil)
 	done.Wait()
-	p.mu.Lock()
-	delete(p.pairs, both)
-	p.mu.Unlock()
 }
 
-// forward passes on until the source ends, and then the end.
-func (p *proxy) forward(both *pair, to, from net.Conn, first bool) {
+// pass waits while nothing passes, and reports whether the connection is still there then.
+func (p *proxy) pass(both *pair) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for (p.frozen || both.frozen) && !p.closed && p.pairs[both] {
+		p.change.Wait()
+	}
+	return !p.closed && p.pairs[both]
+}
+
+// forward passes on what was read already, all that follows until the source ends, and then the end.
+func (p *proxy) forward(both *pair, to, from net.Conn, piece []byte) {
 	buf := make([]byte, 16<<10)
-	for {
-		n, err := from.Read(buf)
+	if p.network == "unix" && piece != nil {
+		line, _, _ := strings.Cut(string(piece), "\r\n")
 		p.mu.Lock()
-		for (p.frozen || both.frozen) && !p.closed && p.pairs[both] {
-			p.change.Wait()
+		p.asked = append(p.asked, line)
+		p.mu.Unlock()
+	}
+	var end error
+	for {
+		if len(piece) == 0 {
+			var n int
+			n, end = from.Read(buf)
+			piece = buf[:n]
 		}
-		p.passed += int64(n)
-		if first && n > 0 && p.network == "unix" {
-			line, _, _ := strings.Cut(string(buf[:n]), "\r\n")
-			p.asked = append(p.asked, line)
-			first = false
+		if !p.pass(both) {
+			from.Close()
+			to.Close()
+			return
 		}
+		p.mu.Lock()
 		pauses := p.delay
 		if p.rate > 0 {
-			pauses += time.Duration(n) * time.Second / time.Duration(p.rate)
+			pauses += time.Duration(len(piece)) * time.Second / time.Duration(p.rate)
 		}
-		p.change.Broadcast()
 		p.mu.Unlock()
-		if n > 0 {
+		if len(piece) > 0 {
 			if pauses > 0 {
 				<-time.After(pauses)
 			}
-			if _, err := to.Write(buf[:n]); err != nil {
+			if _, err := to.Write(piece); err != nil {
 				from.Close()
 				return
 			}
+			piece = nil
 		}
-		if err != nil {
-			if c, ok := to.(interface{ CloseWrite() error }); ok {
-				c.CloseWrite()
-			}
-			if err != io.EOF {
-				to.Close()
-			}
+		if end == io.EOF {
+			to.(interface{ CloseWrite() error }).CloseWrite()
+			return
+		}
+		if end != nil {
+			to.Close()
 			return
 		}
 	}
@@ -184,6 +210,9 @@ func (p *proxy) cut(rst, down bool) {
 	p.down = down
 	for both := range p.pairs {
 		for _, conn := range []net.Conn{both.client, both.server} {
+			if conn == nil {
+				continue
+			}
 			if rst {
 				reset(conn)
 			} else {
@@ -210,15 +239,6 @@ func (p *proxy) slow(rate int, delay time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.rate, p.delay = rate, delay
-}
-
-// after waits until so many bytes more have passed.
-func (p *proxy) after(n int64) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for until := p.passed + n; p.passed < until && !p.closed; {
-		p.change.Wait()
-	}
 }
 
 // count tells how many requests began so, over a unix socket.
