@@ -26,9 +26,6 @@ import (
 
 // The real server behind a link that fails, with instances that go away.
 
-// bound is how long a verdict may take on a machine with much else to do: the transport's own bounds together are half of it.
-const bound = 40 * time.Second
-
 // counted checks that what a command writes is the beginning of what "seq 1 N" writes.
 type counted struct {
 	line, n int64

@@ -98,6 +98,10 @@ func (t *LXD) waitOperation(ctx context.Context, id string, ended context.Contex
 		left := t.liveness - time.Since(failing)
 		op, err := t.askWait(ctx, ended, path, wait, min(2*every, left))
 		if err != nil && ctx.Err() == nil {
+			if !errors.As(err, new(*apiError)) && ended.Err() == nil {
+				t.rest.stale()
+			}
+			// Whether anybody answers is the question now: no waiting, for which there is no time left.
 			op, err = t.getOperation(ctx, path, nil, min(every, max(t.liveness-time.Since(failing), time.Second)))
 			if no := (*apiError)(nil); errors.As(err, &no) && no.code == http.StatusNotFound && !no.foreign {
 				return fate{err: errGone}
@@ -113,7 +117,6 @@ func (t *LXD) waitOperation(ctx context.Context, id string, ended context.Contex
 			last = errRunning
 		default:
 			last = err
-			t.rest.stale()
 			patience := t.liveness
 			if ended.Err() != nil {
 				patience = min(patience, forgetAfter)
