@@ -204,7 +204,13 @@ func (t *LXD) openSFTP(ctx context.Context) (*sftp.Client, error) {
 	if err != nil {
 		return nil, t.explain(ctx, err)
 	}
-	hello, cancel := within(ctx, connectTimeout)
+	hello, cancel := within(ctx, min(connectTimeout, t.liveness))
 	defer cancel()
-	return sftp.New(hello, conn)
+	watched := &watchedConn{ReadWriteCloser: conn, patience: t.liveness}
+	c, err := sftp.New(hello, watched)
+	if err != nil {
+		return nil, err
+	}
+	watched.watch(c.Waiting)
+	return c, nil
 }
