@@ -79,6 +79,9 @@ const (
 // errRunning: that was the server's last word.
 var errRunning = errors.New("LXD says that it is running")
 
+// errNoAnswer: the first question has not been answered yet.
+var errNoAnswer = errors.New("no answer has come")
+
 var errGone = errors.New("LXD does not know the operation any more: it was restarted, or asked more than 5 s after the command's end")
 
 // waitOperation waits until an operation ends, or ctx does. The answer comes in several forms: the operation; an error body
@@ -92,7 +95,7 @@ func (t *LXD) waitOperation(ctx context.Context, id string, ended context.Contex
 	every := t.liveness / 3 // and as much again for the answer to come, and for another try
 	wait := url.Values{"timeout": {strconv.Itoa(int(every / time.Second))}}
 	failing := time.Now() // since when no answer has come
-	last := errors.New("no answer has come")
+	last := errNoAnswer
 	for {
 		asked := time.Now()
 		left := t.liveness - time.Since(failing)

@@ -190,6 +190,7 @@ func (c *Client) write() {
 			}
 		}
 	}
+}
 
 // Waiting reports whether an answer is waited for.
 func (c *Client) Waiting() bool {
