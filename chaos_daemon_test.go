@@ -54,8 +54,8 @@ func begin(t *testing.T, d *reallxd.Daemon, instance string) []underway {
 	return all
 }
 
-// verdicts waits for all, whose results are not known.
-func verdicts(t *testing.T, all []underway) (texts string) {
+// unknownEnds waits for all, whose results are not known.
+func unknownEnds(t *testing.T, all []underway) (texts string) {
 	t.Helper()
 	end := time.NewTimer(bound)
 	defer end.Stop()
@@ -112,7 +112,7 @@ func TestDaemonOfItsOwn(t *testing.T) {
 		// Longer.
 		all := begin(t, d, instance)
 		d.Stop(t)
-		texts := verdicts(t, all)
+		texts := unknownEnds(t, all)
 		d.Continue(t)
 		// It finds its clients gone, and ends what they ran.
 		require.NoError(t, reallxd.Left(server, instance, patience))
@@ -121,7 +121,7 @@ func TestDaemonOfItsOwn(t *testing.T) {
 		// Killed.
 		all = begin(t, d, instance)
 		d.Kill(t)
-		texts += verdicts(t, all)
+		texts += unknownEnds(t, all)
 		require.ErrorIs(t, patient.Exec(soon(t), transport.Command{Args: []string{"true"}}), transport.ErrNotStarted)
 		d.Up(t)
 		require.NoError(t, host().Exec(soon(t), transport.Command{Args: []string{"true"}}), "with the daemon back")

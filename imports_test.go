@@ -39,6 +39,7 @@ var table = []row{
 	{folder: "internal/clientconfig", imports: []string{"go.yaml.in/yaml/v3"}},
 	{folder: "internal/reallxd", imports: lxdClient},
 	{folder: "internal/bench", free: true},
+	{folder: "internal/soak", free: true},
 	{folder: "lxdtest", imports: []string{"github.com/gorilla/websocket", "github.com/pkg/sftp"}, tests: append(append(testing_, lxdClient...), module+"/lxdtest")},
 	{folder: "transporttest", imports: []string{module, "github.com/stretchr/testify"}, tests: append(testing_, module+"/local", module+"/transporttest")},
 	{folder: "local", imports: []string{module}, tests: append(testing_, module+"/transporttest", module+"/local")},
