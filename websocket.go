@@ -192,7 +192,14 @@ func (o *output) run() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.ended, o.whole = true, err == nil
+	if w, ok := o.w.(cutWriter); ok && err != nil {
+		w.cutOff()
+	}
 }
+
+// cutWriter is a writer of this package's that is told when no more comes although it was not the end: the command may wait for an answer to
+// what was lost.
+type cutWriter interface{ cutOff() }
 
 // copy returns nil when the end mark came. After an error of the writer it reads on and throws away.
 func (o *output) copy() error {
