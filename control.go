@@ -18,6 +18,13 @@ type control struct {
 // controlTimeout bounds a write to a control socket: the messages are small, so that it only waits when the link is dead.
 const controlTimeout = 5 * time.Second
 
+const (
+	// pingTime is after how long without a ping a connection is suspected, where LXD greets with one: then it sends one every 10 s.
+	pingTime = 30 * time.Second
+	// pingGrace is how long after that one is still waited for: it may be there, and it is we who were stopped.
+	pingGrace = 2 * time.Second
+)
+
 type controlMessage struct {
 	Command string            `json:"command"`
 	Args    map[string]string `json:"args,omitempty"`
@@ -45,12 +52,39 @@ func (c *control) resize(size TerminalSize) error {
 	}})
 }
 
-// run reads until the server closes the socket. LXD pings all sockets at the same time: ping is called when it does.
-func (c *control) run(ping func()) {
-	c.conn.SetPingHandler(func(string) error { ping(); return nil })
+// run reads until the server closes the socket. LXD pings all sockets at the same time: ping is called when it does. When it does not any
+// more for patience, silent is called: the connection is dead, though new ones may not be. Servers that do not ping on unix
+// sockets, or never, do not begin either.
+func (c *control) run(ping, silent func(), patience time.Duration) {
+	var late *time.Timer
+	suspect := make(chan struct{}, 1) // full: it is late, and a grace has begun
+	patience = max(patience, pingTime)
+	check := func() {
+		select {
+		case suspect <- struct{}{}:
+			late.Reset(pingGrace)
+		default:
+			silent()
+		}
+	}
+	c.conn.SetPingHandler(func(string) error {
+		ping()
+		select {
+		case <-suspect:
+		default:
+		}
+		if late == nil {
+			late = time.AfterFunc(time.Hour, check)
+		}
+		late.Reset(patience)
+		return nil
+	})
 	for {
 		if _, _, err := c.conn.NextReader(); err != nil {
-			return
+			break
 		}
+	}
+	if late != nil {
+		late.Stop()
 	}
 }

@@ -30,11 +30,17 @@ const (
 	// statusGrace is how long after the outputs were cut the host has to report the status.
 	statusGrace = time.Second
 
+	// answerGrace is how long after the end of the command's process, or of the link to it, the request that waits for the operation may go on.
+	answerGrace = time.Second
+
 	// dirPatience bounds the question whether a working directory exists.
 	dirPatience = 2 * time.Second
 
 	// writeGrace is how long, after everything was cut, a Write of the caller's may go on.
 	writeGrace = time.Second
+
+	// connectPatience is how long sockets take to connect before the operation is watched meanwhile.
+	connectPatience = time.Second
 
 	// maxTail is the most output that is taken after the command's end once WaitDelay has passed: more than pipes and sockets
 	// hold, so that what comes after it is from a process that the command left behind.
@@ -114,6 +120,8 @@ type execution struct {
 
 	asking  context.Context // bounds the wait for the operation
 	giveUp  context.CancelFunc
+	ended   context.Context // ends answerGrace after the command's process, or the link to it
+	hurry   context.CancelFunc
 	drained chan struct{}  // closed when all outputs have ended
 	cutoff  chan struct{}  // closed when a Write that has not returned is left alone
 	readers sync.WaitGroup // the goroutines of outputs and control
@@ -127,7 +135,10 @@ type execution struct {
 	interrupted bool        // a signal was sent because ctx had ended
 	killed      bool        // KILL, too
 	cut         bool        // outputs were cut on purpose
+	broken      bool        // outputs had ended without their mark before: the link was lost, not only the command
 	over        bool        // and the wait for the operation was given up
+	late        *time.Timer // ends ended
+	settled     bool        // LXD has told the command's end
 	next        *time.Timer // the next step after interrupt
 	drain       *time.Timer // looks after outputs that do not end
 	copyErr     error       // the first
@@ -281,10 +292,15 @@ func (e *execution) request() (map[string]string, error) {
 	if e.mark != "" {
 		post.Environment[markPrefix+e.mark] = "1"
 	}
+	ctx, cancel := within(e.ctx, e.t.liveness)
+	defer cancel()
 	var op operation
-	if err := e.t.rest.call(e.ctx, http.MethodPost, e.t.path("/exec"), e.t.query(), post, &op); err != nil {
+	if err := e.t.rest.call(ctx, http.MethodPost, e.t.path("/exec"), e.t.query(), post, &op); err != nil {
 		if e.ctx.Err() != nil {
 			return nil, context.Cause(e.ctx)
+		}
+		if ctx.Err() != nil {
+			e.t.rest.stale()
 		}
 		return nil, e.t.explain(e.ctx, err)
 	}
@@ -326,6 +342,16 @@ func (e *execution) connect(secrets map[string]string) error {
 			results <- result{name, conn, err}
 		}()
 	}
+	// Where a socket is slow, the operation is watched: when LXD has given up on it, it tells why for 5 s only, and the other sockets
+	// are waited for in vain.
+	watched := make(chan fate, 1)
+	watch := time.AfterFunc(connectPatience, func() {
+		f := e.t.waitOperation(ctx, e.id, ctx)
+		if f.err == nil {
+			cancel()
+		}
+		watched <- f
+	})
 	conns := make(map[string]*websocket.Conn, len(names))
 	var first error
 	refused := false
@@ -347,9 +373,14 @@ func (e *execution) connect(secrets map[string]string) error {
 		}
 		cancel() // the others are of no use any more
 	}
+	known := fate{err: errors.New("LXD was not asked")}
+	if !watch.Stop() {
+		cancel()
+		known = <-watched
+	}
 	if first != nil {
 		e.closeAll()
-		return e.notConnected(first, refused)
+		return e.notConnected(first, refused, known)
 	}
 	e.serve(conns)
 	return nil
@@ -359,6 +390,7 @@ func (e *execution) connect(secrets map[string]string) error {
 func (e *execution) serve(conns map[string]*websocket.Conn) {
 	e.drained, e.cutoff = make(chan struct{}), make(chan struct{})
 	e.asking, e.giveUp = context.WithCancel(context.WithoutCancel(e.caller))
+	e.ended, e.hurry = context.WithCancel(context.WithoutCancel(e.caller))
 	cmd := e.cmd
 	output := func(name, socket string, w io.Writer, turn *sync.Mutex) {
 		e.outputs = append(e.outputs, &output{name: name, w: w, turn: turn, conn: conns[socket], fail: e.fail})
@@ -397,7 +429,7 @@ func (e *execution) serve(conns map[string]*websocket.Conn) {
 	if cmd.TTY == nil {
 		ping = func() { discardPings(conns["0"]) }
 	}
-	e.readers.Go(func() { e.control.run(ping); e.exit() })
+	e.readers.Go(func() { e.control.run(ping, e.cutLink, e.t.liveness); e.exit() })
 	e.input = &input{r: cmd.Stdin, tty: cmd.TTY != nil, conn: conns["0"], done: make(chan struct{}), fail: e.fail}
 	if cmd.Stdin == nil {
 		e.input.run()
@@ -415,8 +447,8 @@ func (e *execution) hangUp(o *output) {
 }
 
 // notConnected makes the error of a command of which not all sockets could be connected, all others being closed. refused says that the
-// server has not connected one that the command needs.
-func (e *execution) notConnected(first error, refused bool) error {
+// server has not connected one that the command needs; f, unless it is an error, is what became of it.
+func (e *execution) notConnected(first error, refused bool, f fate) error {
 	if e.ctx.Err() != nil {
 		first = context.Cause(e.ctx)
 	}
@@ -425,11 +457,13 @@ func (e *execution) notConnected(first error, refused bool) error {
 	}
 	// All sockets may have been connected as the server sees it. Then the command has run, and was killed when we closed
 	// control. LXD tells, at the latest when it has waited for the sockets in vain.
-	ctx, cancel := within(context.WithoutCancel(e.ctx), connectTimeout+killGrace)
-	stop := context.AfterFunc(e.ctx, func() { time.AfterFunc(killGrace, cancel) })
-	defer stop()
-	defer cancel()
-	f := e.t.waitOperation(ctx, e.id, func() bool { return false })
+	if f.err != nil {
+		ctx, cancel := within(context.WithoutCancel(e.ctx), connectTimeout+killGrace)
+		stop := context.AfterFunc(e.ctx, func() { time.AfterFunc(killGrace, cancel) })
+		defer stop()
+		defer cancel()
+		f = e.t.waitOperation(ctx, e.id, over)
+	}
 	switch {
 	case f.notStarted():
 		return notStarted(fmt.Errorf("the sockets could not all be connected: %w", first))
@@ -458,7 +492,10 @@ func comparableEqual(a, b any) bool {
 func (e *execution) run() error {
 	defer e.end()
 	stop := context.AfterFunc(e.ctx, e.interrupt)
-	f := e.t.waitOperation(e.asking, e.id, e.linked)
+	f := e.t.waitOperation(e.asking, e.id, e.ended)
+	e.mu.Lock()
+	e.settled = f.exited
+	e.mu.Unlock()
 	e.exit()
 	select {
 	case <-e.drained:
@@ -481,19 +518,12 @@ func (e *execution) run() error {
 	return err
 }
 
-// linked reports whether the link to the command still stands, as far as its sockets tell.
-func (e *execution) linked() bool {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return e.exited.IsZero()
-}
-
 // finish stops what is under way. When it returns, no goroutine is left but those in a Read or Write of the caller's that does not
 // return, and they will call neither again.
 func (e *execution) finish() {
 	e.mu.Lock()
 	e.finished = true
-	for _, t := range []*time.Timer{e.next, e.drain} {
+	for _, t := range []*time.Timer{e.late, e.next, e.drain} {
 		if t != nil {
 			t.Stop()
 		}
@@ -503,6 +533,7 @@ func (e *execution) finish() {
 	}
 	e.mu.Unlock()
 	e.giveUp()
+	e.hurry()
 	e.closeAll()
 	e.steps.Wait()
 	e.input.stop()
@@ -571,6 +602,7 @@ func (e *execution) exit() {
 		return
 	}
 	e.exited = time.Now()
+	e.late = time.AfterFunc(answerGrace, e.hurry)
 	if e.interrupted {
 		e.clean(false)
 	}
@@ -586,6 +618,9 @@ func (e *execution) exit() {
 // lookAfter cuts the outputs when one of them has waited for messages for WaitDelay since the command's end. Messages that follow each
 // other closely take their time from nobody, however slow the link or the caller's writer is: what the command wrote before its
 // end has to arrive whole. But more than pipes and sockets can hold is not the command's.
+//
+// When LXD has told the end, all output is on its way, with its mark, and nothing can be added to it: it may take its time then, as long as
+// something moves.
 func (e *execution) lookAfter() {
 	e.step(func() {
 		e.mu.Lock()
@@ -595,7 +630,10 @@ func (e *execution) lookAfter() {
 			if now.ended {
 				continue
 			}
-			waited := max(now.waited-e.then[i].waited, min(now.still, time.Since(e.exited)))
+			waited := min(now.still, time.Since(e.exited))
+			if !e.settled {
+				waited = max(waited, now.waited-e.then[i].waited)
+			}
 			if waited >= delay || now.received-e.then[i].received > maxTail {
 				e.mu.Unlock()
 				e.cutOutputs()
@@ -613,15 +651,28 @@ func (e *execution) lookAfter() {
 	})
 }
 
+// cutLink ends all connections when they are found to be dead. LXD ends the command when it notices.
+func (e *execution) cutLink() { e.step(e.closeAll) }
+
 // cutOutputs ends the wait for the outputs, and soon that for the operation.
 func (e *execution) cutOutputs() {
 	e.step(func() {
 		e.mu.Lock()
+		e.noteBroken()
 		e.cut = true
 		e.drain = time.AfterFunc(statusGrace, e.cutOff)
 		e.mu.Unlock()
 		e.closeAll()
 	})
+}
+
+// noteBroken notes whether the link was lost, before the outputs are cut on purpose. mu is held.
+func (e *execution) noteBroken() {
+	for _, o := range e.outputs {
+		if whole, _ := o.result(); !e.cut && !whole && o.progress().ended {
+			e.broken = true
+		}
+	}
 }
 
 // interrupt is called when ctx has ended.
@@ -712,6 +763,7 @@ func (e *execution) cutOff() {
 	e.step(func() {
 		e.mu.Lock()
 		first := !e.over
+		e.noteBroken()
 		e.cut, e.over = true, true
 		e.mu.Unlock()
 		if !first {

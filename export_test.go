@@ -1,8 +1,23 @@
 package transport
 
-import "context"
+import (
+	"context"
+	"net"
+)
 
 // NoReaping keeps a transport from running its second command after one that was cancelled, where a test looks at the first.
 func NoReaping(t *LXD) {
 	t.reaper.run = func(context.Context, []string) (map[string]*reaped, error) { return nil, nil }
+}
+
+// WrapSockets has a test look at what goes over the sockets.
+func WrapSockets(t *LXD, wrap func(net.Conn) net.Conn) {
+	dial := t.rest.dialer.NetDialContext
+	t.rest.dialer.NetDialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := dial(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		return wrap(conn), nil
+	}
 }

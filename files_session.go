@@ -204,5 +204,13 @@ func (t *LXD) openSFTP(ctx context.Context) (*sftp.Client, error) {
 	if err != nil {
 		return nil, t.explain(ctx, err)
 	}
-	return sftp.New(ctx, conn)
+	hello, cancel := within(ctx, min(connectTimeout, t.liveness))
+	defer cancel()
+	watched := &watchedConn{ReadWriteCloser: conn, patience: t.liveness}
+	c, err := sftp.New(hello, watched)
+	if err != nil {
+		return nil, err
+	}
+	watched.watch(c.Waiting)
+	return c, nil
 }

@@ -1,7 +1,6 @@
 package transport
 
 import (
-	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
@@ -39,6 +38,10 @@ type LXDOptions struct {
 	// MaxExecs is the most commands that run at the same time on this transport; others wait for their turn in
 	// the order in which they came. 0: no limit.
 	MaxExecs int
+
+	// ClusterAddresses are host:port of members of the server's cluster, besides the one of the connection: when one cannot be reached, the
+	// next command goes through another. [DialLXD] learns them from the cluster itself, if it may. They have no meaning for a unix socket.
+	ClusterAddresses []string
 
 	// Liveness is how long the server may be silent while a command runs, before it is taken for dead: a server or a link that vanished without
 	// a word, or a member of a cluster that hangs behind one that does not. The error then says that the command may still run. A command
@@ -96,9 +99,15 @@ func NewLXD(server lxd.InstanceServer, instance string, opts *LXDOptions) (*LXD,
 	if opts == nil {
 		opts = new(LXDOptions)
 	}
-	fail := func(err error) (*LXD, error) {
+	t, err := newLXD(server, instance, opts)
+	if err != nil {
 		return nil, fmt.Errorf("transport: LXD instance %q: %w", instance, err)
 	}
+	return t, nil
+}
+
+func newLXD(server lxd.InstanceServer, instance string, opts *LXDOptions) (*LXD, error) {
+	fail := func(err error) (*LXD, error) { return nil, err }
 	switch {
 	case server == nil:
 		return fail(errors.New("the connection (server) is nil"))
@@ -115,7 +124,7 @@ func NewLXD(server lxd.InstanceServer, instance string, opts *LXDOptions) (*LXD,
 	if err != nil {
 		return fail(err)
 	}
-	t := &LXD{instance: instance, project: rest.project, rest: rest, log: opts.Logger, liveness: cmp.Or(opts.Liveness, defaultLiveness), starts: make(chan struct{}, maxStarts)}
+	t := &LXD{instance: instance, project: rest.project, rest: rest, log: opts.Logger, liveness: rest.patience, starts: make(chan struct{}, maxStarts)}
 	if t.log == nil {
 		t.log = slog.New(slog.DiscardHandler)
 	}
@@ -204,7 +213,11 @@ func (o *LXDOptions) tlsConfig(base *tls.Config) (*tls.Config, error) {
 	}
 	verify := cfg.VerifyConnection
 	cfg.VerifyConnection = func(s tls.ConnectionState) error { // also called for a resumed session
-		if got := fingerprint(s.PeerCertificates[0]); got != want {
+		leaf := s.PeerCertificates[0]
+		if now := time.Now(); now.Before(leaf.NotBefore) || now.After(leaf.NotAfter) {
+			return fmt.Errorf("the server's certificate is valid from %v to %v, and now it is %v", leaf.NotBefore, leaf.NotAfter, now.UTC().Truncate(time.Second))
+		}
+		if got := fingerprint(leaf); got != want {
 			return fmt.Errorf("the server's certificate has the fingerprint %s, but %s is pinned: either it was replaced, or this is not the server", got, want)
 		}
 		if verify != nil {

@@ -76,24 +76,37 @@ const (
 	forgetAfter = 5 * time.Second
 )
 
+// errRunning: that was the server's last word.
+var errRunning = errors.New("LXD says that it is running")
+
+// errNoAnswer: the first question has not been answered yet.
+var errNoAnswer = errors.New("no answer has come")
+
 var errGone = errors.New("LXD does not know the operation any more: it was restarted, or asked more than 5 s after the command's end")
 
 // waitOperation waits until an operation ends, or ctx does. The answer comes in several forms: the operation; an error body
-// with status 200 or another for an operation that failed, or that has not ended in the time asked for. An error is therefore
-// followed by a plain question.
-func (t *LXD) waitOperation(ctx context.Context, id string, linked func() bool) fate {
+// with status 200 or another for an operation that failed, or that has not ended in the time asked for. An error, and an answer that
+// does not come, is therefore followed by a plain question.
+//
+// When ended has, the operation is about to end or LXD has been restarted: a request that was under way by then, and has not been answered, is on a
+// connection that nobody answers on, and there is no time to wait for it.
+func (t *LXD) waitOperation(ctx context.Context, id string, ended context.Context) fate {
 	path := "/1.0/operations/" + url.PathEscape(id)
 	every := t.liveness / 3 // and as much again for the answer to come, and for another try
 	wait := url.Values{"timeout": {strconv.Itoa(int(every / time.Second))}}
 	failing := time.Now() // since when no answer has come
-	last := errors.New("no answer has come")
+	last := errNoAnswer
 	for {
 		asked := time.Now()
 		left := t.liveness - time.Since(failing)
-		op, err := t.getOperation(ctx, path+"/wait", wait, min(2*every, left))
-		if no := (*apiError)(nil); errors.As(err, &no) {
-			op, err = t.getOperation(ctx, path, nil, every)
-			if errors.As(err, &no) && no.code == http.StatusNotFound {
+		op, err := t.askWait(ctx, ended, path, wait, min(2*every, left))
+		if err != nil && ctx.Err() == nil {
+			if !errors.As(err, new(*apiError)) && ended.Err() == nil {
+				t.rest.stale()
+			}
+			// Whether anybody answers is the question now: no waiting, for which there is no time left.
+			op, err = t.getOperation(ctx, path, nil, min(every, max(t.liveness-time.Since(failing), time.Second)))
+			if no := (*apiError)(nil); errors.As(err, &no) && no.code == http.StatusNotFound && !no.foreign {
 				return fate{err: errGone}
 			}
 		}
@@ -104,11 +117,11 @@ func (t *LXD) waitOperation(ctx context.Context, id string, linked func() bool) 
 			return fate{err: last}
 		case err == nil:
 			failing = time.Now()
-			last = errors.New("LXD says that it is running")
+			last = errRunning
 		default:
 			last = err
 			patience := t.liveness
-			if !linked() {
+			if ended.Err() != nil {
 				patience = min(patience, forgetAfter)
 			}
 			if time.Since(failing) >= patience {
@@ -119,6 +132,17 @@ func (t *LXD) waitOperation(ctx context.Context, id string, linked func() bool) 
 			pause(ctx, askPause)
 		}
 	}
+}
+
+// askWait asks the server to answer when the operation has ended. It gives up when ended does, or does not last long from then on.
+func (t *LXD) askWait(ctx, ended context.Context, path string, wait url.Values, most time.Duration) (*operation, error) {
+	if ended.Err() != nil {
+		return t.getOperation(ctx, path+"/wait", url.Values{"timeout": {"1"}}, min(most, 2*time.Second))
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(ended, cancel)()
+	return t.getOperation(ctx, path+"/wait", wait, most)
 }
 
 func (t *LXD) getOperation(ctx context.Context, path string, query url.Values, most time.Duration) (*operation, error) {

@@ -129,7 +129,7 @@ func (t *LXD) runReaper(ctx context.Context, marks []string) (map[string]*reaped
 	defer cancel()
 	var out limitedBuffer
 	e, err := t.start(ctx, Command{
-		Args: Shell(reapScript), Stdin: strings.NewReader(strings.Join(marks, "\n") + "\n"), Stdout: &out, WaitDelay: time.Millisecond,
+		Args: Shell(reapScript), Stdin: strings.NewReader(strings.Join(marks, "\n") + "\n"), Stdout: &out, WaitDelay: reapTime,
 	}, internalCommand)
 	if err == nil {
 		err = e.run()

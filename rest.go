@@ -2,6 +2,7 @@ package transport
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -31,8 +32,11 @@ type restClient struct {
 	project string
 	socket  string // path of the unix socket, "" if it is not one or not known
 
-	http   *http.Client
-	dialer websocket.Dialer
+	patience time.Duration // bounds a request and its answer
+
+	http    *http.Client
+	dialer  websocket.Dialer
+	cluster *members // nil: one address
 
 	wrapped bool       // the connection's requests go through a wrapper that may add headers
 	mu      sync.Mutex // guards extra; held while the wrapper is asked
@@ -59,7 +63,7 @@ func newRESTClient(server lxd.InstanceServer, opts *LXDOptions) (*restClient, er
 	if err != nil {
 		return nil, fmt.Errorf("the connection: %w", err)
 	}
-	r := &restClient{server: server, base: strings.TrimSuffix(info.URL, "/"), project: opts.Project, socket: info.SocketPath}
+	r := &restClient{server: server, base: strings.TrimSuffix(info.URL, "/"), project: opts.Project, socket: info.SocketPath, patience: cmp.Or(opts.Liveness, defaultLiveness)}
 	if r.project == "" {
 		r.project = info.Project
 	}
@@ -97,6 +101,10 @@ func newRESTClient(server lxd.InstanceServer, opts *LXDOptions) (*restClient, er
 			return nil, err
 		}
 		t.DialTLSContext = nil
+		if r.cluster = newMembers(r.base, t.TLSClientConfig, t.DialContext); r.cluster != nil {
+			r.cluster.add(opts.ClusterAddresses)
+			t.DialTLSContext = r.cluster.dial
+		}
 	} else if opts.TLSClientCert+opts.TLSClientKey+opts.TLSServerCert+opts.ServerFingerprint != "" {
 		return nil, fmt.Errorf("LXDOptions has TLS settings, but the connection (%s) does not use our TLS", r.base)
 	}
@@ -107,8 +115,8 @@ func newRESTClient(server lxd.InstanceServer, opts *LXDOptions) (*restClient, er
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	r.dialer = websocket.Dialer{
-		NetDialContext:    t.DialContext,
-		NetDialTLSContext: t.DialTLSContext,
+		NetDialContext:    bounded(t.DialContext),
+		NetDialTLSContext: bounded(t.DialTLSContext),
 		TLSClientConfig:   t.TLSClientConfig,
 		Proxy:             t.Proxy,
 		Jar:               client.Jar,
@@ -117,6 +125,29 @@ func newRESTClient(server lxd.InstanceServer, opts *LXDOptions) (*restClient, er
 		WriteBufferPool:   new(sync.Pool),
 	}
 	return r, nil
+}
+
+// members makes more ways into the server's cluster known.
+func (r *restClient) members(hosts []string) {
+	if r.cluster != nil {
+		r.cluster.add(hosts)
+	}
+}
+
+// stale takes note that an answer did not come. If that is because of the member of the cluster that was asked, the next question goes to another.
+func (r *restClient) stale() {
+	r.http.CloseIdleConnections() // they may be as dead
+	if r.cluster != nil {
+		r.cluster.shun()
+	}
+}
+
+// where names the server's address.
+func (r *restClient) where() string {
+	if strings.HasPrefix(r.base, "http:") {
+		return r.socket
+	}
+	return r.base
 }
 
 // request makes a request with the connection's credentials. path begins with /1.0.
@@ -262,6 +293,8 @@ func quoted(s string) string {
 // call sends a request and decodes the metadata of its answer into out, which may be nil. body is sent as JSON unless it
 // is nil. The error is an *apiError where the server said no.
 func (r *restClient) call(ctx context.Context, method, path string, query url.Values, body, out any) error {
+	ctx, cancel := within(ctx, r.patience)
+	defer cancel()
 	var encoded []byte
 	if body != nil {
 		var err error
@@ -413,6 +446,8 @@ func (t *LXD) explain(ctx context.Context, err error) error {
 	default:
 		return err
 	}
+	ctx, cancel := within(ctx, t.liveness)
+	defer cancel()
 	status, askErr := t.status(ctx)
 	var no *apiError
 	switch {

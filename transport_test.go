@@ -14,20 +14,20 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-	"go.uber.org/goleak"
 
 	"github.com/lxdtransport/transport"
 	"github.com/lxdtransport/transport/internal/reallxd"
 )
 
 func TestMain(m *testing.M) {
+	before := takeCensus()
 	code := m.Run()
 	if err := reallxd.CleanUp(); err != nil {
 		fmt.Fprintln(os.Stderr, "cleaning up:", err)
 		code = 1
 	}
 	if code == 0 {
-		if err := goleak.Find(); err != nil {
+		if err := before.left(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			code = 1
 		}

@@ -153,7 +153,7 @@ func (tr *tree) downloadSingly(ctx context.Context, t Transport, src string, s *
 	p.closeRead(errCut)
 	execErr := <-done
 	switch {
-	case a.err != nil:
+	case a.err != nil && a.err != errNoGreeting:
 		return a.err
 	case execErr != nil && !errors.Is(execErr, errCut):
 		if _, exited := ExitCode(execErr); exited {

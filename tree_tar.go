@@ -204,6 +204,12 @@ func (f *firstLines) Write(p []byte) (int, error) {
 	return written + n, err
 }
 
+// cutOff is called when nothing more comes. The script may wait for its input until then.
+func (f *firstLines) cutOff() { f.greeting.set(errNoGreeting) }
+
+// errNoGreeting is what ends the input of a script whose answer was lost.
+var errNoGreeting = errors.New("the answer of the host's shell was lost")
+
 const maxGreeting = 8 << 10
 
 // uploadTar uploads through the host's tar. It returns errNoTar before it has called any of the caller's functions.
@@ -236,7 +242,7 @@ func (tr *tree) uploadTar(ctx context.Context, t Transport, dst string, src fs.F
 	p.closeRead(errCut)
 	walkErr := tr.join(walked)
 	switch {
-	case a.err != nil && err != nil && a.err == err:
+	case a.err != nil && err != nil && (a.err == err || a.err == errNoGreeting):
 		return tarError(err, said.String())
 	case a.err != nil:
 		return a.err
@@ -388,7 +394,7 @@ func (tr *tree) downloadTar(ctx context.Context, t Transport, src string, s *sin
 	p.closeRead(errCut)
 	execErr := <-done
 	switch {
-	case a.err != nil && a.err != execErr:
+	case a.err != nil && a.err != execErr && a.err != errNoGreeting:
 		return a.err
 	case execErr != nil && !errors.Is(execErr, errCut):
 		if err == nil || errors.Is(err, execErr) {

@@ -97,7 +97,7 @@ func (e *execution) unknown(f fate) error {
 		return fmt.Errorf("the command's status is not known; LXD says: %s", quoted(f.text))
 	case e.killed:
 		return fmt.Errorf("LXD has not confirmed the end of the command after KILL: it, or what it left behind, may still run (%w)", f.err)
-	case e.cut:
+	case e.cut && !e.broken && (errors.Is(f.err, errRunning) || errors.Is(f.err, errNoAnswer)): // it closed the control socket, which it does at the end
 		return fmt.Errorf("the command has ended, but LXD does not tell its status; some versions keep it back until the last process that holds the command's output has ended: redirect the output of what is to run on (%w)", f.err)
 	}
 	return fmt.Errorf("the command's status is not known, it may still run: %w", f.err)

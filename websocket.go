@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/gorilla/websocket"
@@ -32,6 +33,10 @@ const (
 	// maxFrameHeader is the longest header of a client's frame: the write buffer has to hold it besides the message, or the
 	// message is cut into frames.
 	maxFrameHeader = 2 + 8 + 4
+
+	// maxHandshake bounds what a server says before a socket is connected, certificates included: the WebSocket library would take
+	// a header of any length.
+	maxHandshake = 256 << 10
 
 	// readBuffer holds headers of frames; what follows is read into a buffer that is only held while there is
 	// something to read, so that a silent command costs no memory.
@@ -110,6 +115,7 @@ func (r *restClient) dial(ctx context.Context, operation, secret string, hold <-
 		// kernel reset the connection, and what is under way to us is thrown away.
 		ws.SetPingHandler(func(string) error { return nil })
 		ws.SetCloseHandler(func(int, string) error { return nil })
+		unbound(ws.NetConn())
 		return ws, nil
 	}
 	if deadline, ok := ctx.Deadline(); ok && !time.Now().Before(deadline) {
@@ -186,7 +192,14 @@ func (o *output) run() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.ended, o.whole = true, err == nil
+	if w, ok := o.w.(cutWriter); ok && err != nil {
+		w.cutOff()
+	}
 }
+
+// cutWriter is a writer of this package's that is told when no more comes although it was not the end: the command may wait for an answer to
+// what was lost.
+type cutWriter interface{ cutOff() }
 
 // copy returns nil when the end mark came. After an error of the writer it reads on and throws away.
 func (o *output) copy() error {
@@ -218,7 +231,14 @@ func (o *output) copyMessage(message io.Reader) error {
 	chunk := chunks.Get().(*[stdinMessage]byte)
 	defer chunks.Put(chunk)
 	for {
-		n, err := io.ReadFull(message, chunk[:])
+		var n int
+		var err error
+		for n < len(chunk) && err == nil {
+			var k int
+			k, err = message.Read(chunk[n:])
+			n += k
+			o.move() // a slow link takes long for one message
+		}
 		if n > 0 {
 			o.write(chunk[:n])
 		}
@@ -264,6 +284,13 @@ func (o *output) write(p []byte) {
 	if err != nil {
 		o.fail(&copyError{o.name, err})
 	}
+}
+
+// move notes that something has come.
+func (o *output) move() {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.moved = time.Now()
 }
 
 // await notes whether the next message is waited for.
@@ -318,10 +345,64 @@ func (o *output) result() (whole bool, received int64) {
 // a write to a socket that may not be written to, and waits on a dead link.
 func abort(ws *websocket.Conn) {
 	conn := ws.NetConn()
-	if c, ok := conn.(*tls.Conn); ok {
+	for {
+		c, ok := conn.(interface{ NetConn() net.Conn })
+		if !ok {
+			break
+		}
 		conn = c.NetConn()
 	}
 	conn.Close()
+}
+
+// boundConn is a connection from which no more than maxHandshake can be read at first.
+type boundConn struct {
+	net.Conn
+	read atomic.Int64 // so far; negative: there is no bound any more
+}
+
+// NetConn returns the connection below.
+func (c *boundConn) NetConn() net.Conn { return c.Conn }
+
+func (c *boundConn) Read(p []byte) (int, error) {
+	before := c.read.Load()
+	if before < 0 {
+		return c.Conn.Read(p)
+	}
+	if before >= maxHandshake {
+		return 0, fmt.Errorf("the server's answer has more than %d bytes", maxHandshake)
+	}
+	n, err := c.Conn.Read(p)
+	c.read.CompareAndSwap(before, before+int64(n))
+	return n, err
+}
+
+// bounded makes a dialer's connections boundConns.
+func bounded(dial func(ctx context.Context, network, addr string) (net.Conn, error)) func(ctx context.Context, network, addr string) (net.Conn, error) {
+	if dial == nil {
+		return nil
+	}
+	return func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := dial(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		return &boundConn{Conn: conn}, nil
+	}
+}
+
+// unbound takes the bound off.
+func unbound(conn net.Conn) {
+	for {
+		if c, ok := conn.(*boundConn); ok {
+			c.read.Store(-1)
+		}
+		c, ok := conn.(interface{ NetConn() net.Conn })
+		if !ok {
+			return
+		}
+		conn = c.NetConn()
+	}
 }
 
 // copyError is an error of one of the caller's readers or writers.

@@ -4,12 +4,16 @@ package reallxd
 import (
 	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	lxd "github.com/canonical/lxd/client"
 	"github.com/canonical/lxd/shared/api"
@@ -96,7 +100,7 @@ func Instance(t testing.TB) string {
 	return shared.name
 }
 
-// CleanUp deletes the shared instance. TestMain calls it after the tests.
+// CleanUp deletes the shared instance. TestMain calls it after the tests. It fails if they have left something in it.
 func CleanUp() error {
 	shared.Lock()
 	defer shared.Unlock()
@@ -107,10 +111,12 @@ func CleanUp() error {
 	if err != nil {
 		return err
 	}
+	// Two tests leave a "sleep 20" on purpose.
+	left := Left(s, shared.name, 30*time.Second)
 	if err := setState(s, shared.name, "stop"); err != nil {
-		return err
+		return errors.Join(left, err)
 	}
-	return do(s, http.MethodDelete, "/1.0/instances/"+shared.name, nil)
+	return errors.Join(left, do(s, http.MethodDelete, "/1.0/instances/"+shared.name, nil))
 }
 
 // Create makes a stopped instance from the image that the environment names.
@@ -173,4 +179,146 @@ func do(s lxd.InstanceServer, method, path string, body any) error {
 		return fmt.Errorf("%s %s: %s (%w)", method, path, op.Err, err)
 	}
 	return nil
+}
+
+// Processes lists the processes in a running instance, without its init and the scan itself: "PID ARGUMENTS" of each. It needs the image's
+// own /bin/busybox, and no shell.
+func Processes(s lxd.InstanceServer, name string) ([]string, error) {
+	const scan = `for d in /proc/[0-9]*; do
+	p=${d#/proc/}
+	if [ "$p" = 1 ] || [ "$p" = $$ ]; then continue; fi
+	a=$(busybox tr '\000\n' '  ' 2>/dev/null <$d/cmdline) && [ -n "$a" ] && echo "$p $a"
+done
+:`
+	resp, _, err := s.RawQuery(http.MethodPost, "/1.0/instances/"+name+"/exec", api.InstanceExecPost{
+		Command: []string{"/bin/busybox", "sh", "-c", scan}, RecordOutput: true, Environment: map[string]string{},
+	}, "")
+	var op api.Operation
+	if err == nil {
+		err = json.Unmarshal(resp.Metadata, &op)
+	}
+	if err == nil {
+		resp, _, err = s.RawQuery(http.MethodGet, "/1.0/operations/"+op.ID+"/wait", nil, "")
+	}
+	if err == nil {
+		err = json.Unmarshal(resp.Metadata, &op)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("looking for processes in %s: %w", name, err)
+	}
+	output, _ := op.Metadata["output"].(map[string]any)
+	if code, ok := op.Metadata["return"].(float64); !ok || code != 0 || output == nil {
+		return nil, fmt.Errorf("looking for processes in %s: %v %s", name, op.Metadata["return"], op.Err)
+	}
+	var said []byte
+	for fd, url := range output {
+		path, _ := url.(string)
+		if fd == "1" {
+			body, err := s.GetInstanceLogfile(name, path[strings.LastIndexByte(path, '/')+1:])
+			if err != nil {
+				return nil, err
+			}
+			said, err = io.ReadAll(body)
+			body.Close()
+			if err != nil {
+				return nil, err
+			}
+		}
+		s.RawQuery(http.MethodDelete, path, nil, "")
+	}
+	var processes []string
+	for line := range strings.Lines(string(said)) {
+		// The scan's substitutions are copies of itself.
+		if line = strings.TrimSpace(line); line != "" && !strings.Contains(line, "busybox sh -c for d in /proc") && !strings.HasSuffix(line, " [busybox]") {
+			processes = append(processes, line)
+		}
+	}
+	return processes, nil
+}
+
+// Operations lists the operations of an instance that have not ended.
+func Operations(s lxd.InstanceServer, name string) ([]string, error) {
+	resp, _, err := s.RawQuery(http.MethodGet, "/1.0/operations?recursion=1", nil, "")
+	if err != nil {
+		return nil, err
+	}
+	var byStatus map[string][]api.Operation
+	if err := json.Unmarshal(resp.Metadata, &byStatus); err != nil {
+		return nil, err
+	}
+	var open []string
+	for _, ops := range byStatus {
+		for _, op := range ops {
+			if op.StatusCode.IsFinal() {
+				continue
+			}
+			for _, list := range op.Resources {
+				if slices.ContainsFunc(list, func(r string) bool { return strings.HasSuffix(r, "/"+name) }) {
+					open = append(open, op.ID+" "+op.Description)
+					break
+				}
+			}
+		}
+	}
+	return open, nil
+}
+
+// Left waits until no process and no operation is left of what was run in an instance, and says what is left otherwise.
+func Left(s lxd.InstanceServer, name string, patience time.Duration) error {
+	for end := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) {
+		operations, err := Operations(s, name)
+		if err != nil {
+			return err
+		}
+		processes, err := Processes(s, name)
+		if err != nil {
+			return err
+		}
+		if len(operations)+len(processes) == 0 {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("left in %s: operations %q, processes %q", name, operations, processes)
+		}
+	}
+}
+
+// Own makes a running instance for one test, which must leave nothing in it, and removes it afterwards. The test may have stopped or
+// deleted it.
+func Own(t testing.TB, s lxd.InstanceServer) string {
+	t.Helper()
+	name := Create(t, s)
+	t.Cleanup(func() {
+		var state api.InstanceState
+		resp, _, err := s.RawQuery(http.MethodGet, "/1.0/instances/"+name+"/state", nil, "")
+		if api.StatusErrorCheck(err, http.StatusNotFound) {
+			return
+		}
+		if err == nil {
+			err = json.Unmarshal(resp.Metadata, &state)
+		}
+		if err == nil && state.StatusCode == api.Running {
+			err = Left(s, name, 20*time.Second)
+		}
+		if err != nil {
+			t.Error(err)
+		}
+		if state.StatusCode != api.Stopped {
+			if err := setState(s, name, "stop"); err != nil {
+				t.Error(err)
+			}
+		}
+		Delete(t, s, name)
+	})
+	Start(t, s, name)
+	return name
+}
+
+// Change changes an instance's state: "start", "stop", "restart", "freeze", "unfreeze".
+func Change(t testing.TB, s lxd.InstanceServer, name, action string, force bool) {
+	t.Helper()
+	err := do(s, http.MethodPut, "/1.0/instances/"+name+"/state", api.InstanceStatePut{Action: action, Force: force, Timeout: 30})
+	if err != nil {
+		t.Error(err)
+	}
 }

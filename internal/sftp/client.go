@@ -192,6 +192,13 @@ func (c *Client) write() {
 	}
 }
 
+// Waiting reports whether an answer is waited for.
+func (c *Client) Waiting() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.pending) > 0
+}
+
 // read hands answers to the calls that wait for them until the connection ends.
 func (c *Client) read() {
 	err := c.readAll()

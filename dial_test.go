@@ -1,0 +1,422 @@
+package transport_test
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/hex"
+	"encoding/pem"
+	"io"
+	"log"
+	"math/big"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/lxdtransport/transport"
+	"github.com/lxdtransport/transport/internal/reallxd"
+	"github.com/lxdtransport/transport/lxdtest"
+)
+
+// clearEnv makes a test independent of where the machine's own servers and configurations are.
+func clearEnv(t *testing.T) (home string) {
+	t.Helper()
+	home = t.TempDir()
+	for _, name := range []string{"LXD_SOCKET", "LXD_DIR", "LXD_CONF", "INCUS_SOCKET", "INCUS_DIR", "INCUS_CONF"} {
+		t.Setenv(name, "")
+	}
+	t.Setenv("HOME", home)
+	return home
+}
+
+// works runs a command.
+func works(t *testing.T, host *transport.LXD, err error) {
+	t.Helper()
+	require.NoError(t, err)
+	defer func() { assert.NoError(t, host.Close()) }()
+	out, err := transport.Output(soon(t), host, transport.Command{Args: []string{"echo", "hello"}})
+	assert.NoError(t, err)
+	assert.Equal(t, "hello\n", string(out))
+}
+
+func fakeServer(t *testing.T, secure bool) *lxdtest.Server {
+	t.Helper()
+	s := lxdtest.NewUnstartedServer()
+	s.Handler = commands
+	s.AddInstance(lxdtest.Instance{Name: "c1"})
+	if secure {
+		s.StartTLS()
+	} else {
+		s.Start()
+	}
+	t.Cleanup(s.Close)
+	return s
+}
+
+func TestDialLocal(t *testing.T) {
+	home := clearEnv(t)
+	ctx := soon(t)
+	if _, err := os.Stat("/var/lib/lxd/unix.socket"); err != nil {
+		_, err := transport.DialLXD(ctx, "", "c1", nil)
+		if err != nil { // there may be another local server after all
+			assert.ErrorContains(t, err, "/var/snap/lxd/common/lxd/unix.socket")
+		}
+	}
+	s := fakeServer(t, false)
+	host, err := transport.DialLXD(ctx, "unix://"+s.Socket, "c1", nil)
+	works(t, host, err)
+
+	t.Setenv("INCUS_SOCKET", s.Socket)
+	t.Setenv("LXD_DIR", home)
+	_, err = transport.DialLXD(ctx, "local", "c1", nil)
+	assert.ErrorContains(t, err, filepath.Join(home, "unix.socket"), "what is named is there or nowhere")
+	t.Setenv("LXD_DIR", "")
+	for _, name := range []string{"INCUS_SOCKET", "LXD_SOCKET"} {
+		t.Setenv(name, s.Socket)
+		for _, remote := range []string{"", "local", "unix://", "unix:"} {
+			host, err = transport.DialLXD(ctx, remote, "c1", nil)
+			works(t, host, err)
+		}
+		t.Setenv(name, "")
+	}
+}
+
+func TestDialRemote(t *testing.T) {
+	home := clearEnv(t)
+	ctx := soon(t)
+	for _, secure := range []bool{false, true} {
+		s := fakeServer(t, secure)
+		for _, where := range []string{"LXD_CONF", "", ".config/lxc", "snap/lxd/common/config", ".config/incus"} {
+			dir := filepath.Join(home, filepath.FromSlash(where))
+			switch where {
+			case "LXD_CONF":
+				dir = t.TempDir()
+				t.Setenv(where, dir)
+			case "":
+				dir = t.TempDir()
+				t.Setenv("INCUS_CONF", dir)
+			}
+			require.NoError(t, os.MkdirAll(dir, 0o700))
+			require.NoError(t, s.WriteClientConfig(dir))
+			host, err := transport.DialLXD(ctx, "fake", "c1", nil)
+			works(t, host, err)
+			host, err = transport.DialInstance(ctx, "fake:c1", nil)
+			works(t, host, err)
+			host, err = transport.DialInstance(ctx, "c1", nil) // the default remote
+			works(t, host, err)
+			_, err = transport.DialLXD(ctx, "other", "c1", nil)
+			assert.ErrorContains(t, err, "config.yml")
+			assert.ErrorContains(t, err, "fake", "what there is")
+			t.Setenv("LXD_CONF", "")
+			t.Setenv("INCUS_CONF", "")
+			require.NoError(t, os.RemoveAll(dir))
+		}
+	}
+}
+
+func TestDialBadConfiguration(t *testing.T) {
+	clearEnv(t)
+	s := fakeServer(t, true)
+	key := func(dir string) string { return filepath.Join(dir, "client.key") }
+	for name, c := range map[string]struct {
+		spoil func(dir string) error
+		want  []string
+	}{
+		"half-written": {func(dir string) error {
+			return os.WriteFile(filepath.Join(dir, "config.yml"), []byte("remotes:\n  fake: {addr: htt"), 0o600)
+		}, []string{"config.yml"}},
+		"no address": {func(dir string) error {
+			return os.WriteFile(filepath.Join(dir, "config.yml"), []byte("remotes:\n  fake: {}"), 0o600)
+		}, []string{"config.yml", "no address"}},
+		"a server of images": {func(dir string) error {
+			return os.WriteFile(filepath.Join(dir, "config.yml"), []byte("remotes:\n  fake: {addr: https://x, protocol: simplestreams}"), 0o600)
+		}, []string{"config.yml", "images"}},
+		"not a file": {func(dir string) error {
+			file := filepath.Join(dir, "config.yml")
+			if err := os.Remove(file); err != nil {
+				return err
+			}
+			return os.Mkdir(file, 0o700)
+		}, []string{"config.yml"}},
+		"a key for everyone": {func(dir string) error { return os.Chmod(key(dir), 0o644) }, []string{"client.key", "chmod 600"}},
+		"half a key": {func(dir string) error {
+			return os.WriteFile(key(dir), []byte("-----BEGIN PRIVATE KEY-----\nMIG"), 0o600)
+		}, []string{"client.key", "PEM"}},
+		"an encrypted key": {func(dir string) error {
+			return os.WriteFile(key(dir), pem.EncodeToMemory(&pem.Block{Type: "ENCRYPTED PRIVATE KEY", Bytes: []byte("x")}), 0o600)
+		}, []string{"client.key", "encrypted"}},
+		"no key": {func(dir string) error { return os.Remove(key(dir)) }, []string{"client.key"}},
+		"not a certificate": {func(dir string) error {
+			return os.WriteFile(filepath.Join(dir, "servercerts", "fake.crt"), []byte("nothing"), 0o600)
+		}, []string{"fake.crt", "PEM"}},
+		"nobody logged in": {func(dir string) error {
+			return os.WriteFile(filepath.Join(dir, "config.yml"), []byte("remotes:\n  fake: {addr: "+s.URL+", auth_type: oidc}"), 0o600)
+		}, []string{"config.yml", "log in"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			t.Setenv("LXD_CONF", dir)
+			require.NoError(t, s.WriteClientConfig(dir))
+			require.NoError(t, c.spoil(dir))
+			_, err := transport.DialLXD(soon(t), "fake", "c1", nil)
+			for _, text := range c.want {
+				assert.ErrorContains(t, err, text)
+			}
+		})
+	}
+	assert.Empty(t, s.Requests())
+}
+
+// options are credentials for a fake server.
+func options(s *lxdtest.Server) *transport.LXDOptions {
+	return &transport.LXDOptions{TLSClientCert: s.ClientCert, TLSClientKey: s.ClientKey, TLSServerCert: s.ServerCert}
+}
+
+func TestDialTrust(t *testing.T) {
+	clearEnv(t)
+	s, other := fakeServer(t, true), fakeServer(t, true)
+	ctx := soon(t)
+	host, err := transport.DialLXD(ctx, s.URL, "c1", options(s))
+	works(t, host, err)
+	sum := sha256.Sum256(s.Certificate().Raw)
+	opts := options(s)
+	opts.TLSServerCert, opts.ServerFingerprint = "", hex.EncodeToString(sum[:])
+	host, err = transport.DialLXD(ctx, s.URL, "c1", opts)
+	works(t, host, err)
+
+	before := len(s.Requests())
+	for name, change := range map[string]func(o *transport.LXDOptions){
+		"another certificate": func(o *transport.LXDOptions) { o.TLSServerCert = other.ServerCert },
+		"wrong fingerprint": func(o *transport.LXDOptions) {
+			o.TLSServerCert, o.ServerFingerprint = "", strings.Repeat("0", 64)
+		},
+		"no pin": func(o *transport.LXDOptions) { o.TLSServerCert = "" },
+	} {
+		opts := options(s)
+		change(opts)
+		_, err := transport.DialLXD(ctx, s.URL, "c1", opts)
+		assert.ErrorContains(t, err, "certificate", name)
+	}
+	assert.Len(t, s.Requests(), before, "nothing is sent before the check")
+
+	opts = options(s)
+	opts.TLSClientCert, opts.TLSClientKey = other.ClientCert, other.ClientKey
+	_, err = transport.DialLXD(ctx, s.URL, "c1", opts)
+	assert.ErrorIs(t, err, transport.ErrUnauthorized)
+	assert.ErrorContains(t, err, "LXD")
+}
+
+// issued makes a certificate, signed by itself if by is nil.
+func issued(t *testing.T, by *tls.Certificate, from, to time.Time) *tls.Certificate {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	require.NoError(t, err)
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(from.UnixNano()), Subject: pkix.Name{CommonName: "server"}, NotBefore: from, NotAfter: to,
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: by == nil, BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+	parent, signer := template, any(key)
+	if by != nil {
+		parent, signer = by.Leaf, by.PrivateKey
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, &key.PublicKey, signer)
+	require.NoError(t, err)
+	leaf, err := x509.ParseCertificate(der)
+	require.NoError(t, err)
+	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}
+}
+
+func inPEM(c *tls.Certificate) string {
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Leaf.Raw}))
+}
+
+// TestDialCertificates: who may be a server, by its certificate alone.
+func TestDialCertificates(t *testing.T) {
+	home := clearEnv(t)
+	fake := fakeServer(t, true)
+	now := time.Now()
+	ca := issued(t, nil, now.Add(-time.Hour), now.Add(time.Hour))
+	good := issued(t, ca, now.Add(-time.Hour), now.Add(time.Hour))
+	expired := issued(t, ca, now.Add(-2*time.Hour), now.Add(-time.Hour))
+	stranger := issued(t, nil, now.Add(-time.Hour), now.Add(time.Hour))
+	for name, c := range map[string]struct {
+		server *tls.Certificate
+		stored string // the remote's own
+		ca     string
+		ok     bool
+	}{
+		"the stored one":                       {server: good, stored: inPEM(good), ok: true},
+		"an expired one, though it is stored":  {server: expired, stored: inPEM(expired)},
+		"trusted, and for the name, but other": {server: good, stored: inPEM(stranger), ca: ""},
+		"of the authority":                     {server: good, ca: inPEM(ca), ok: true},
+		"of the authority, but expired":        {server: expired, ca: inPEM(ca)},
+		"of no authority":                      {server: stranger, ca: inPEM(ca)},
+		"unknown":                              {server: stranger},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var asked atomic.Int32
+			s := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				asked.Add(1)
+				w.Header().Set("Content-Type", "application/json")
+				io.WriteString(w, `{"type":"sync","metadata":{"auth":"trusted","environment":{"server":"lxd","server_version":"5.0.2"}}}`)
+			}))
+			s.TLS = &tls.Config{Certificates: []tls.Certificate{*c.server}, ClientAuth: tls.RequestClientCert}
+			s.Config.ErrorLog = log.New(io.Discard, "", 0)
+			s.StartTLS()
+			defer s.Close()
+			dir := filepath.Join(home, ".config", "lxc")
+			require.NoError(t, os.RemoveAll(dir))
+			require.NoError(t, os.MkdirAll(filepath.Join(dir, "servercerts"), 0o700))
+			write := func(name, content string) {
+				if content != "" {
+					require.NoError(t, os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600))
+				}
+			}
+			write("config.yml", "remotes:\n  r: {addr: \""+s.URL+"\", protocol: lxd}\n")
+			write("client.crt", fake.ClientCert)
+			write("client.key", fake.ClientKey)
+			write("servercerts/r.crt", c.stored)
+			write("client.ca", c.ca)
+			host, err := transport.DialLXD(soon(t), "r", "c1", nil)
+			if c.ok {
+				require.NoError(t, err)
+				assert.NoError(t, host.Close())
+				assert.EqualValues(t, 1, asked.Load())
+				return
+			}
+			assert.ErrorContains(t, err, "certificate")
+			assert.Zero(t, asked.Load(), "requests")
+		})
+	}
+}
+
+func TestDialRealLXD(t *testing.T) {
+	reallxd.Need(t)
+	instance := reallxd.Instance(t)
+	socket, address := os.Getenv("TRANSPORT_LXD_SOCKET"), os.Getenv("TRANSPORT_LXD_ADDR")
+	clearEnv(t)
+	ctx := soon(t)
+	t.Setenv("LXD_SOCKET", socket)
+	host, err := transport.DialLXD(ctx, "", instance, nil)
+	works(t, host, err)
+	host, err = transport.DialLXD(ctx, address, instance, &transport.LXDOptions{
+		TLSClientCert: reallxd.File(t, "TRANSPORT_LXD_CERT"), TLSClientKey: reallxd.File(t, "TRANSPORT_LXD_KEY"),
+		TLSServerCert: reallxd.File(t, "TRANSPORT_LXD_SERVER_CERT"),
+	})
+	works(t, host, err)
+	_, err = transport.DialLXD(ctx, address, instance, &transport.LXDOptions{TLSServerCert: reallxd.File(t, "TRANSPORT_LXD_SERVER_CERT")})
+	assert.ErrorIs(t, err, transport.ErrUnauthorized)
+
+	// As a person sets it up.
+	lxc, err := exec.LookPath("lxc")
+	if err != nil {
+		t.Skip("needs the lxc command")
+	}
+	t.Setenv("LXD_CONF", t.TempDir())
+	run := func(args ...string) string {
+		out, err := exec.CommandContext(ctx, lxc, args...).CombinedOutput()
+		require.NoError(t, err, "lxc %v: %s", args, out)
+		return string(out)
+	}
+	token := lastLine(run("config", "trust", "add", "--name", "dial-test"))
+	defer func() {
+		t.Setenv("LXD_SOCKET", socket)
+		for line := range strings.Lines(run("config", "trust", "list", "--format", "csv")) {
+			if fields := strings.Split(line, ","); strings.Contains(line, "dial-test") {
+				run("config", "trust", "remove", strings.TrimSpace(fields[3]))
+			}
+		}
+	}()
+	t.Setenv("LXD_SOCKET", socket)
+	run("remote", "add", "mine", token)
+	t.Setenv("LXD_SOCKET", "/nowhere")
+	host, err = transport.DialInstance(ctx, "mine:"+instance, nil)
+	works(t, host, err)
+}
+
+func lastLine(s string) string {
+	s = strings.TrimSpace(s)
+	return strings.TrimSpace(s[strings.LastIndexByte(s, '\n')+1:])
+}
+
+func TestEnroll(t *testing.T) {
+	reallxd.Need(t)
+	ctx := soon(t)
+	instance := reallxd.Instance(t)
+	lxc := func(args ...string) string {
+		out, err := exec.CommandContext(ctx, "lxc", args...).CombinedOutput()
+		require.NoError(t, err, "lxc %v: %s", args, out)
+		return string(out)
+	}
+	name := "enroll-" + strings.ToLower(rand.Text()[:6])
+	token := lastLine(lxc("config", "trust", "add", "--name", name))
+	dir := filepath.Join(t.TempDir(), "credentials")
+	var c *transport.Credentials
+	for range 3 { // the second time it is trusted already
+		var err error
+		c, err = transport.Enroll(ctx, "", token, &transport.EnrollOptions{Dir: dir})
+		require.NoError(t, err)
+	}
+	defer func() {
+		block, _ := pem.Decode([]byte(c.ClientCert))
+		sum := sha256.Sum256(block.Bytes)
+		lxc("config", "trust", "remove", hex.EncodeToString(sum[:])[:12])
+	}()
+	info, err := os.Stat(filepath.Join(dir, "client.key"))
+	require.NoError(t, err)
+	assert.EqualValues(t, 0o600, info.Mode().Perm())
+	host, err := transport.DialLXD(ctx, c.Address, instance, c.Options())
+	works(t, host, err)
+	_, err = transport.Enroll(ctx, c.Address, "", &transport.EnrollOptions{Dir: dir})
+	assert.NoError(t, err, "without a token")
+
+	_, err = transport.Enroll(ctx, "", token, nil)
+	assert.ErrorIs(t, err, transport.ErrUnauthorized, "it has been used")
+	assert.NotContains(t, err.Error(), token)
+	_, err = transport.Enroll(ctx, "", "bm90aGluZw==", nil)
+	assert.ErrorContains(t, err, "token")
+
+	// Somebody else at the address.
+	fake := fakeServer(t, true)
+	_, err = transport.Enroll(ctx, fake.URL, token, nil)
+	assert.ErrorContains(t, err, "certificate")
+	assert.Empty(t, fake.Requests())
+}
+
+// TestClusterEntry: the member at the connection's address is gone, or hangs; another takes its place.
+func TestClusterEntry(t *testing.T) {
+	t.Parallel()
+	s := fakeServer(t, true)
+	u, err := url.Parse(s.URL)
+	require.NoError(t, err)
+	hang, err := net.Listen("tcp", "127.0.0.1:0") // takes connections, says nothing
+	require.NoError(t, err)
+	defer hang.Close()
+	gone, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	require.NoError(t, gone.Close())
+	for _, entry := range []string{hang.Addr().String(), gone.Addr().String()} {
+		opts := options(s)
+		opts.ClusterAddresses = []string{u.Host}
+		host, err := transport.DialLXD(soon(t), "https://"+entry, "c1", opts)
+		works(t, host, err)
+	}
+	_, err = transport.DialLXD(soon(t), "https://"+gone.Addr().String(), "c1", options(s))
+	assert.ErrorContains(t, err, gone.Addr().String())
+}
