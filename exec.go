@@ -56,7 +56,7 @@ func (t *LXD) Exec(ctx context.Context, cmd Command) error {
 	if err != nil {
 		return err
 	}
-	return e.run()
+	return goOn(e.run())
 }
 
 // Start runs a command in the instance, in the background. See [Starter].
@@ -82,7 +82,7 @@ type process struct {
 
 func (p *process) Wait() error {
 	<-p.done
-	return p.err
+	return goOn(p.err)
 }
 
 func (p *process) Signal(sig Signal) error {

@@ -52,7 +52,7 @@ func (t *LXD) Upload(ctx context.Context, dst string, src io.Reader, opts *Uploa
 		}
 		return err
 	})
-	return t.fileError("upload", dst, err)
+	return goOn(t.fileError("upload", dst, err))
 }
 
 // Download reads a file in the instance. See [Transport]. Symbolic links are followed, inside the instance. Files of /proc and
@@ -91,7 +91,7 @@ func (t *LXD) Download(ctx context.Context, src string, dst io.Writer, opts *Dow
 		}
 		return also(context.Cause(ctx), errors.New("a Write has not returned"))
 	})
-	return t.fileError("download", src, err)
+	return goOn(t.fileError("download", src, err))
 }
 
 func (t *LXD) fileError(op, name string, err error) error {
@@ -432,7 +432,7 @@ func (d *download) call(f func() error) error {
 	}
 	d.busy = true
 	d.mu.Unlock()
-	err := f()
+	err := guarded(f)
 	d.mu.Lock()
 	d.busy = false
 	d.mu.Unlock()
@@ -623,7 +623,7 @@ func (in *source) fill(buf []byte) (n int, err error) {
 		default:
 		}
 		var m int
-		m, err = in.r.Read(buf[n:])
+		err = guarded(func() (e error) { m, e = in.r.Read(buf[n:]); return e })
 		if m < 0 || m > len(buf)-n {
 			return n, errors.New("the source's Read returned an impossible count")
 		}

@@ -62,7 +62,8 @@ type Transport interface {
 	//
 	// When Exec returns, it will not call the writers again. Only a Stdin.Read
 	// that does not return may still be waiting, and after ctx has ended a Write
-	// that does not return; what they return is thrown away.
+	// that does not return; what they return is thrown away. A panic in one of them ends
+	// the command, and goes on in the goroutine that called Exec, or Wait.
 	Exec(ctx context.Context, cmd Command) error
 
 	// Upload writes what src delivers to the file dst. Other processes on the host see

@@ -130,7 +130,8 @@ func uploadTree(ctx context.Context, t Transport, dst string, src fs.FS, opts *T
 			err = orCause(ctx, otherwise(ctx, tr))
 		}
 	}
-	return tr.end("upload tree", dst, err)
+	stats, err := tr.end("upload tree", dst, err)
+	return stats, goOn(err)
 }
 
 func downloadTree(ctx context.Context, t Transport, src string, dst *os.Root, opts *TreeOptions, otherwise func(context.Context, *sink) error) (TreeStats, error) {

@@ -71,10 +71,12 @@ func (tr *tree) uploadSFTP(ctx context.Context, s *session, dst string, src fs.F
 	u := &sftpUploader{ctx: ctx, tree: tr, s: s, dst: strings.TrimRight(dst, "/"), owner: tr.opts.Owner, dirs: []*sftpDir{{fresh: fresh}}}
 	walked := make(chan error, 1)
 	go func() { // waited for, unless a Read of src's does not return
-		err := tr.walk(ctx, src, u)
-		if err == nil {
-			err = u.flush()
-		}
+		err := guarded(func() error {
+			if err := tr.walk(ctx, src, u); err != nil {
+				return err
+			}
+			return u.flush()
+		})
 		if errors.Is(err, errCut) {
 			err = u.err
 		}

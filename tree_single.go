@@ -48,7 +48,7 @@ func (tr *tree) uploadSingly(ctx context.Context, t Transport, dst string, src f
 		return err
 	}
 	walked := make(chan error, 1)
-	go func() { walked <- tr.walk(ctx, src, u) }() // waited for, unless a Read of src's does not return
+	go func() { walked <- guarded(func() error { return tr.walk(ctx, src, u) }) }() // waited for, unless a Read of src's does not return
 	select {
 	case err := <-walked:
 		return err

@@ -230,7 +230,7 @@ func (tr *tree) uploadTar(ctx context.Context, t Transport, dst string, src fs.F
 			if a.kind != "busybox" {
 				links = nil
 			}
-			err = tr.writeTar(ctx, p, src, links)
+			err = guarded(func() error { return tr.writeTar(ctx, p, src, links) })
 		}
 		p.closeWrite(err)
 		walked <- err

@@ -272,7 +272,7 @@ func (o *output) write(p []byte) {
 	var n int
 	var err error
 	if !skip {
-		n, err = o.w.Write(p)
+		err = guarded(func() (e error) { n, e = o.w.Write(p); return e })
 		if err == nil && n < len(p) {
 			err = io.ErrShortWrite
 		}
@@ -436,7 +436,7 @@ func (in *input) read(p []byte) (n int, err error, ok bool) {
 	}
 	in.reading = true
 	in.mu.Unlock()
-	n, err = in.r.Read(p)
+	err = guarded(func() (e error) { n, e = in.r.Read(p); return e })
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	in.reading = false
