@@ -48,10 +48,12 @@ func TestCallerPanics(t *testing.T) {
 			}
 		}
 		for name, f := range map[string]func(){
-			"Stdout":     func() { host.Exec(soon(t), transport.Command{Args: []string{"wait"}, Stdout: panics{}}) },
-			"Stderr":     func() { host.Exec(soon(t), transport.Command{Args: []string{"echo"}, Stderr: panics{}}) },
-			"Stdin":      func() { host.Exec(soon(t), transport.Command{Args: []string{"cat"}, Stdin: panics{}}) },
-			"TTY":        func() { host.Exec(soon(t), transport.Command{Args: []string{"wait"}, Stdout: panics{}, TTY: &transport.TTY{}}) },
+			"Stdout": func() { host.Exec(soon(t), transport.Command{Args: []string{"wait"}, Stdout: panics{}}) },
+			"Stderr": func() { host.Exec(soon(t), transport.Command{Args: []string{"echo"}, Stderr: panics{}}) },
+			"Stdin":  func() { host.Exec(soon(t), transport.Command{Args: []string{"cat"}, Stdin: panics{}}) },
+			"TTY": func() {
+				host.Exec(soon(t), transport.Command{Args: []string{"wait"}, Stdout: panics{}, TTY: &transport.TTY{}})
+			},
 			"Wait":       wait(transport.Command{Args: []string{"wait"}, Stdout: panics{}}),
 			"Upload":     func() { host.Upload(soon(t), "/g", panics{}, nil) },
 			"Download":   func() { host.Download(soon(t), "/f", panics{}, nil) },

@@ -456,25 +456,40 @@ func (e *execution) notConnected(first error, refused bool, f fate) error {
 		return notStarted(e.t.explain(e.ctx, first))
 	}
 	// All sockets may have been connected as the server sees it. Then the command has run, and was killed when we closed
-	// control. LXD tells, at the latest when it has waited for the sockets in vain.
+	// control, but not what it had started. LXD tells, at the latest when it has waited for the sockets in vain.
 	if f.err != nil {
-		ctx, cancel := within(context.WithoutCancel(e.ctx), connectTimeout+killGrace)
-		stop := context.AfterFunc(e.ctx, func() { time.AfterFunc(killGrace, cancel) })
-		defer stop()
-		defer cancel()
-		f = e.t.waitOperation(ctx, e.id, over)
+		f = e.fateWithout()
+	}
+	var left reaped
+	for round := 0; e.mark != "" && !f.notStarted() && round < 3; round++ {
+		ctx, cancel := within(context.WithoutCancel(e.ctx), reapTime)
+		now := e.t.reaper.reap(ctx, e.mark)
+		cancel()
+		left = reaped{killed: left.killed + now.killed, left: now.left, err: now.err}
+		if f.err == nil {
+			break
+		}
+		f = e.fateWithout() // until what held it open had been killed, it may not have ended
 	}
 	switch {
 	case f.notStarted():
 		return notStarted(fmt.Errorf("the sockets could not all be connected: %w", first))
 	case f.exited && f.code != 0:
 		return &causes{errs: []error{&ExitError{Code: f.code}, ErrOutputLost, first},
-			text: fmt.Sprintf("the sockets could not all be connected, and yet the command ran, and ended with status %d: %v", f.code, first)}
+			text: fmt.Sprintf("the sockets could not all be connected, and yet the command ran, and ended with status %d: %v; %v", f.code, first, left)}
 	case f.exited:
 		return &causes{errs: []error{ErrOutputLost, first},
-			text: fmt.Sprintf("the sockets could not all be connected, and yet the command ran, and ended with status 0, its output is lost: %v", first)}
+			text: fmt.Sprintf("the sockets could not all be connected, and yet the command ran, and ended with status 0, its output is lost: %v; %v", first, left)}
 	}
-	return fmt.Errorf("the sockets could not all be connected, and it is not known whether the command ran: %w", first)
+	return fmt.Errorf("the sockets could not all be connected, and it is not known whether the command ran: %w; %v", first, left)
+}
+
+// fateWithout asks for the fate of a command whose sockets are closed.
+func (e *execution) fateWithout() fate {
+	ctx, cancel := within(context.WithoutCancel(e.ctx), connectTimeout+killGrace)
+	defer cancel()
+	defer context.AfterFunc(e.ctx, func() { time.AfterFunc(statusGrace, cancel) })()
+	return e.t.waitOperation(ctx, e.id, over)
 }
 
 // same reports whether two writers are the same value. Values that cannot be compared are not.

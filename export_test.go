@@ -12,12 +12,15 @@ func NoReaping(t *LXD) {
 
 // WrapSockets has a test look at what goes over the sockets.
 func WrapSockets(t *LXD, wrap func(net.Conn) net.Conn) {
-	dial := t.rest.dialer.NetDialContext
-	t.rest.dialer.NetDialContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
-		conn, err := dial(ctx, network, addr)
-		if err != nil {
-			return nil, err
+	for _, dial := range []*func(context.Context, string, string) (net.Conn, error){&t.rest.dialer.NetDialContext, &t.rest.dialer.NetDialTLSContext} {
+		if inner := *dial; inner != nil {
+			*dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
+				conn, err := inner(ctx, network, addr)
+				if err != nil {
+					return nil, err
+				}
+				return wrap(conn), nil
+			}
 		}
-		return wrap(conn), nil
 	}
 }

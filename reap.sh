@@ -2,7 +2,7 @@
 # each that did not die, and "done". It needs a shell and /proc, nothing else.
 want=' '
 while IFS= read -r m; do want="$want$m "; done
-gone=' ' round=0
+gone=' ' round=0 blank=' '
 while [ $round -lt 50 ]; do
 	round=$((round+1)) owners=' '
 	if command -v grep >/dev/null 2>&1; then
@@ -21,7 +21,18 @@ while [ $round -lt 50 ]; do
 			done
 		done 2>/dev/null <$f
 	done
-	if [ "$owners" = ' ' ]; then break; fi
+	if [ "$owners" = ' ' ]; then
+		# A process that is about to become another program has no environment for a moment, and may have lost its parent: whoever has none is
+		# looked at once more.
+		new=' '
+		for f in $(grep -Ls . /proc/[0-9]*/environ 2>/dev/null); do
+			if [ -e "${f%environ}exe" ]; then new="$new$f "; fi
+		done
+		if [ "$new" = "$blank" ]; then break; fi
+		blank=$new
+		sleep 0.05 2>/dev/null
+		continue
+	fi
 	pairs=
 	for f in /proc/[0-9]*/stat; do
 		s=

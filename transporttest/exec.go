@@ -95,7 +95,9 @@ var execRows = []row{
 				return err
 			}
 			for _, end := range []string{"exit 0", "exit 1", "exit 127", "kill -KILL $$"} {
-				_ = host.Exec(ctx, in(dir, sh("echo ran >>ran; "+end)))
+				if err := host.Exec(ctx, in(dir, sh("echo ran >>ran; "+end))); errors.Is(err, transport.ErrNotStarted) {
+					return err
+				}
 			}
 			return prints(ctx, host, "4", in(dir, sh(`wc -l <ran | tr -d ' \n'`)))
 		}},

@@ -24,16 +24,25 @@ type Daemon struct {
 	variables map[string]string
 }
 
+// freePort finds one that nobody gets by chance while the daemon is down: below those that the kernel hands out.
+func freePort(t testing.TB) int {
+	t.Helper()
+	for port := 21000 + os.Getpid()%5000; port < 30000; port++ {
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err == nil {
+			l.Close()
+			return port
+		}
+	}
+	t.Fatal("no port is free")
+	return 0
+}
+
 // StartDaemon starts one through scripts/lxd, whose path it is given. It is taken down after the test.
 func StartDaemon(t testing.TB, script string) *Daemon {
 	t.Helper()
 	Need(t)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	port := l.Addr().(*net.TCPAddr).Port
-	l.Close()
+	port := freePort(t)
 	state := fmt.Sprintf("/var/tmp/transport-chaos-%d", os.Getpid())
 	d := &Daemon{script: script, env: append(os.Environ(), "TRANSPORT_LXD_STATE="+state, "TRANSPORT_LXD_PORT="+strconv.Itoa(port))}
 	t.Cleanup(func() {

@@ -317,7 +317,12 @@ func Own(t testing.TB, s lxd.InstanceServer) string {
 // Change changes an instance's state: "start", "stop", "restart", "freeze", "unfreeze".
 func Change(t testing.TB, s lxd.InstanceServer, name, action string, force bool) {
 	t.Helper()
-	err := do(s, http.MethodPut, "/1.0/instances/"+name+"/state", api.InstanceStatePut{Action: action, Force: force, Timeout: 30})
+	var err error
+	for range 3 { // a clean stop of an instance that has just been started may come before its init can understand it
+		if err = do(s, http.MethodPut, "/1.0/instances/"+name+"/state", api.InstanceStatePut{Action: action, Force: force, Timeout: 30}); err == nil || force {
+			break
+		}
+	}
 	if err != nil {
 		t.Error(err)
 	}
