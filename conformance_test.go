@@ -53,3 +53,27 @@ func TestConformanceOnLXD(t *testing.T) {
 		})
 	}
 }
+
+// Through a member that does not have the instance: it passes everything on to the one that has.
+func TestConformanceOnCluster(t *testing.T) {
+	t.Parallel()
+	members := reallxd.Cluster(t)
+	entry, there := members[0], members[2]
+	for _, s := range entry.Servers(t) {
+		t.Run(s.Name, func(t *testing.T) {
+			t.Parallel()
+			conforms(t, s, there.Instance, transporttest.Users)
+		})
+	}
+}
+
+func TestConformanceOnIncus(t *testing.T) {
+	t.Parallel()
+	servers, instance := reallxd.Incus(t)
+	for _, s := range servers {
+		t.Run(s.Name, func(t *testing.T) {
+			t.Parallel()
+			conforms(t, s, instance, transporttest.Users, transporttest.EarlyStatus, transporttest.WholeTTY)
+		})
+	}
+}

@@ -1,4 +1,4 @@
-// Package reallxd finds the LXD that scripts/lxd runs, for tests and benchmarks.
+// Package reallxd finds the servers that scripts/lxd, scripts/cluster and scripts/incus run, for tests and benchmarks.
 package reallxd
 
 import (
@@ -31,13 +31,18 @@ func Available() bool { return os.Getenv("TRANSPORT_LXD_SOCKET") != "" }
 // Need skips the test where there is no server, or fails it if REQUIRE_LXD is set.
 func Need(t testing.TB) {
 	t.Helper()
-	if Available() {
+	need(t, "TRANSPORT_LXD_SOCKET", "REQUIRE_LXD", "LXD", "scripts/lxd")
+}
+
+func need(t testing.TB, variable, require, what, script string) {
+	t.Helper()
+	if os.Getenv(variable) != "" {
 		return
 	}
-	if os.Getenv("REQUIRE_LXD") != "" {
-		t.Fatal(`REQUIRE_LXD is set, but there is no LXD: scripts/lxd up && eval "$(scripts/lxd env)"`)
+	if os.Getenv(require) != "" {
+		t.Fatalf(`%s is set, but there is no %s: %s up && eval "$(%[3]s env)"`, require, what, script)
 	}
-	t.Skip(`needs a real LXD: scripts/lxd up && eval "$(scripts/lxd env)"`)
+	t.Skipf(`needs a real %s: %s up && eval "$(%[2]s env)"`, what, script)
 }
 
 // Servers returns the ways to the server, new connections each time.
@@ -50,20 +55,31 @@ func Servers(t testing.TB) []Server {
 // Unix connects over the socket.
 func Unix(t testing.TB) lxd.InstanceServer {
 	t.Helper()
-	s, err := lxd.ConnectLXDUnix(os.Getenv("TRANSPORT_LXD_SOCKET"), nil)
+	return unix(t, os.Getenv("TRANSPORT_LXD_SOCKET"))
+}
+
+// HTTPS connects with the client certificate.
+func HTTPS(t testing.TB) lxd.InstanceServer {
+	t.Helper()
+	return https(t, os.Getenv("TRANSPORT_LXD_ADDR"), "TRANSPORT_LXD")
+}
+
+func unix(t testing.TB, socket string) lxd.InstanceServer {
+	t.Helper()
+	s, err := lxd.ConnectLXDUnix(socket, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return s
 }
 
-// HTTPS connects with the client certificate.
-func HTTPS(t testing.TB) lxd.InstanceServer {
+// https connects with the certificates that the variables with this prefix name.
+func https(t testing.TB, address, prefix string) lxd.InstanceServer {
 	t.Helper()
-	s, err := lxd.ConnectLXD(os.Getenv("TRANSPORT_LXD_ADDR"), &lxd.ConnectionArgs{
-		TLSClientCert: File(t, "TRANSPORT_LXD_CERT"),
-		TLSClientKey:  File(t, "TRANSPORT_LXD_KEY"),
-		TLSServerCert: File(t, "TRANSPORT_LXD_SERVER_CERT"),
+	s, err := lxd.ConnectLXD(address, &lxd.ConnectionArgs{
+		TLSClientCert: File(t, prefix+"_CERT"),
+		TLSClientKey:  File(t, prefix+"_KEY"),
+		TLSServerCert: File(t, prefix+"_SERVER_CERT"),
 	})
 	if err != nil {
 		t.Fatal(err)

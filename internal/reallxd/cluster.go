@@ -1,0 +1,72 @@
+package reallxd
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"testing"
+
+	lxd "github.com/canonical/lxd/client"
+)
+
+// Member is one of the three members of the cluster that scripts/cluster runs.
+type Member struct {
+	Number   int    // 1, 2 or 3
+	Name     string // in the cluster
+	Socket   string // unix socket
+	Addr     string // https://address:port
+	Instance string // a running instance on this member; every member gives access to all of them
+}
+
+// NeedCluster skips the test where there is no cluster, or fails it if REQUIRE_CLUSTER is set.
+func NeedCluster(t testing.TB) {
+	t.Helper()
+	need(t, "TRANSPORT_CLUSTER_SOCKET_1", "REQUIRE_CLUSTER", "LXD cluster", "scripts/cluster")
+}
+
+// Cluster returns the members. A test that kills or stops one is not parallel, and starts it again at its end.
+func Cluster(t testing.TB) []Member {
+	t.Helper()
+	NeedCluster(t)
+	var all []Member
+	for n := 1; n <= 3; n++ {
+		of := func(what string) string { return os.Getenv(fmt.Sprintf("TRANSPORT_CLUSTER_%s_%d", what, n)) }
+		all = append(all, Member{Number: n, Name: fmt.Sprintf("m%d", n), Socket: of("SOCKET"), Addr: of("ADDR"), Instance: of("INSTANCE")})
+	}
+	return all
+}
+
+// Servers returns the ways to the member, new connections each time.
+func (m Member) Servers(t testing.TB) []Server {
+	t.Helper()
+	return []Server{{"unix", m.Unix(t)}, {"https", m.HTTPS(t)}}
+}
+
+// Unix connects over the member's socket.
+func (m Member) Unix(t testing.TB) lxd.InstanceServer {
+	t.Helper()
+	return unix(t, m.Socket)
+}
+
+// HTTPS connects with the client certificate. All members show the same certificate.
+func (m Member) HTTPS(t testing.TB) lxd.InstanceServer {
+	t.Helper()
+	return https(t, m.Addr, "TRANSPORT_CLUSTER")
+}
+
+// Kill ends the member's daemon with SIGKILL. Its instances go on.
+func (m Member) Kill(t testing.TB) { t.Helper(); m.script(t, "kill") }
+
+// Stop stops the member's daemon with SIGSTOP: it takes connections, and says nothing.
+func (m Member) Stop(t testing.TB) { t.Helper(); m.script(t, "stop") }
+
+// Start starts the member's daemon after Kill, or lets it go on after Stop, and returns when it is ready. It needs another running one.
+func (m Member) Start(t testing.TB) { t.Helper(); m.script(t, "start") }
+
+func (m Member) script(t testing.TB, verb string) {
+	t.Helper()
+	// not the test's context: members are started again by t.Cleanup, after its end
+	if out, err := exec.Command(os.Getenv("TRANSPORT_CLUSTER_SCRIPT"), verb, fmt.Sprint(m.Number)).CombinedOutput(); err != nil {
+		t.Fatalf("scripts/cluster %s %d: %v\n%s", verb, m.Number, err, out)
+	}
+}
