@@ -43,7 +43,7 @@ func newIn(t testing.TB, dir string, opts *local.Options) *local.Transport {
 }
 
 func capabilities() []transporttest.Capability {
-	caps := []transporttest.Capability{transporttest.Start, transporttest.Children, transporttest.Signals, transporttest.EarlyStatus, transporttest.SameHost}
+	caps := []transporttest.Capability{transporttest.Start, transporttest.Children, transporttest.Signals, transporttest.EarlyStatus, transporttest.SameHost, transporttest.WholeStderr}
 	if runtime.GOOS == "linux" {
 		caps = append(caps, transporttest.TTY, transporttest.WholeTTY, transporttest.Strays)
 	}

@@ -277,6 +277,25 @@ func brokenStreams() []broken {
 				}
 			})
 		}},
+		{"drops the last byte of a long stderr", []string{"exec/stderr-is-whole-or-an-error", "exec/large-both-streams"}, func(w *wrapper) {
+			changed(w, func(cmd *transport.Command) {
+				out := cmd.Stderr
+				if out == nil || sameWriter(out, cmd.Stdout) {
+					return
+				}
+				total := 0
+				cmd.Stderr = writer(func(p []byte) (int, error) {
+					if total += len(p); total < 4<<20 || len(p) == 0 {
+						return out.Write(p)
+					}
+					n, err := out.Write(p[:len(p)-1])
+					if err == nil {
+						n = len(p)
+					}
+					return n, err
+				})
+			})
+		}},
 		{"does not drain what nobody wants", []string{"exec/nil-writers-are-drained"}, func(w *wrapper) {
 			changed(w, func(cmd *transport.Command) {
 				if cmd.Stdout == nil {

@@ -86,7 +86,7 @@ var execRows = []row{
 			}
 			return nil
 		}},
-	{name: "exec/stderr-in-ExitError", why: "who did not ask for stderr needs its beginning and its end to see what went wrong",
+	{name: "exec/stderr-in-ExitError", why: "who did not ask for stderr needs its beginning and its end to see what went wrong", needs: []Capability{WholeStderr},
 		run: stderrInExitError},
 	{name: "exec/runs-once", why: "a library that tries again what may have run deploys twice",
 		run: func(ctx context.Context, host transport.Transport) error {

@@ -29,7 +29,7 @@ var outputRows = []row{
 			}
 			return errors.Join(equal("stdout", out.String(), "out\n"), equal("stderr", errOut.String(), "err\n"))
 		}},
-	{name: "exec/large-both-streams", why: "who reads one stream after the other waits for ever when the other is full",
+	{name: "exec/large-both-streams", why: "who reads one stream after the other waits for ever when the other is full", needs: []Capability{WholeStderr},
 		run: func(ctx context.Context, host transport.Transport) error {
 			var out, errOut bytes.Buffer
 			cmd := sh(`head -c "$1" /dev/zero | tr '\0' o & head -c "$1" /dev/zero | tr '\0' e >&2; wait`, fmt.Sprint(flood))
@@ -42,11 +42,13 @@ var outputRows = []row{
 				equal("stderr", errOut.String(), strings.Repeat("e", flood)),
 			)
 		}},
-	{name: "exec/nil-writers-are-drained", why: "a stream that nobody reads must not stop the command",
+	{name: "exec/stderr-is-whole-or-an-error", why: "a cut log without an error looks like a whole one",
+		run: stderrWholeOrError},
+	{name: "exec/nil-writers-are-drained", why: "a stream that nobody reads must not stop the command", needs: []Capability{WholeStderr},
 		run: func(ctx context.Context, host transport.Transport) error {
 			return run(ctx, host, sh(`head -c "$1" /dev/zero; head -c "$1" /dev/zero >&2`, fmt.Sprint(flood)))
 		}},
-	{name: "exec/same-writer-never-concurrent", why: "callers give one bytes.Buffer for both streams, as os/exec allows",
+	{name: "exec/same-writer-never-concurrent", why: "callers give one bytes.Buffer for both streams, as os/exec allows", needs: []Capability{WholeStderr},
 		run: sameWriter},
 	{name: "exec/writer-error-is-returned-and-cancels", why: "a full disk must not look like a good build, nor let it run on for nobody",
 		run: writerError},
@@ -88,6 +90,25 @@ var outputRows = []row{
 		run: boundedFlood},
 	{name: "exec/no-write-after-return", why: "callers read their buffer when Exec has returned",
 		run: noWriteAfterReturn},
+}
+
+func stderrWholeOrError(ctx context.Context, host transport.Transport) error {
+	want := strings.Repeat("e", flood)
+	for range 3 {
+		var errOut bytes.Buffer
+		cmd := sh(`head -c "$1" /dev/zero | tr '\0' e >&2`, fmt.Sprint(flood))
+		cmd.Stderr = &errOut
+		err := run(ctx, host, cmd)
+		switch got := errOut.String(); {
+		case errors.Is(err, transport.ErrNotStarted):
+			return err
+		case got != want && err == nil:
+			return fmt.Errorf("Exec returned nil, but %d bytes arrived, not %d", len(got), len(want))
+		case !strings.HasPrefix(want, got):
+			return errors.New("something else arrived than was written")
+		}
+	}
+	return nil
 }
 
 func sameWriter(ctx context.Context, host transport.Transport) error {

@@ -52,6 +52,11 @@ const (
 	// then, and says nothing, so that nobody can know.
 	WholeTTY Capability = "WholeTTY"
 
+	// WholeStderr: stderr always arrives whole, even much of it that is written just before the command ends. Where a member of
+	// a cluster passes a command on to another one, LXD before 5.0.5 loses the end of it now and then; the error says so then, which is
+	// tested without this.
+	WholeStderr Capability = "WholeStderr"
+
 	// Users: commands run as root unless Command.User says otherwise, and files can be given to anyone.
 	Users Capability = "Users"
 

@@ -12,7 +12,7 @@ import (
 
 // TestSuite is how the author of a transport uses the conformance suite.
 func TestSuite(t *testing.T) {
-	caps := []transporttest.Capability{transporttest.Start, transporttest.Signals, transporttest.Children, transporttest.Strays}
+	caps := []transporttest.Capability{transporttest.Start, transporttest.Signals, transporttest.WholeStderr, transporttest.Children, transporttest.Strays}
 	if runtime.GOOS == "linux" {
 		caps = append(caps, transporttest.TTY)
 	}
