@@ -373,6 +373,7 @@ daemon_pid() {
   for d in /proc/[0-9]*; do
     if ! stat_of "${d#/proc/}" || [[ $PARENT != "$HOLDER" ]]; then continue; fi
     { mapfile -d '' -t argv <"$d/cmdline"; } 2>/dev/null || continue
+    argv+=("") # a zombie has none
     if [[ ${argv[0]##*/} = "$DAEMON" && " ${argv[*]} " = *" --logfile $1 "* ]]; then
       echo "${d#/proc/}"
       return 0
