@@ -103,7 +103,7 @@ func stderrWholeOrError(ctx context.Context, host transport.Transport) error {
 		case errors.Is(err, transport.ErrNotStarted):
 			return err
 		case got != want && err == nil:
-			return fmt.Errorf("Exec returned nil, but %d bytes arrived, not %d", len(got), len(want))
+			return fmt.Errorf("the result is nil, but %d bytes arrived, not %d", len(got), len(want))
 		case !strings.HasPrefix(want, got):
 			return errors.New("something else arrived than was written")
 		}
