@@ -552,12 +552,25 @@ func (e *execution) finish() {
 	e.closeAll()
 	e.steps.Wait()
 	e.input.stop()
-	stuck := false
+	writing := false
 	for _, o := range e.outputs {
-		stuck = o.detach() || stuck
+		writing = o.detach() || writing
 	}
-	if !stuck {
+	if !writing {
 		e.readers.Wait()
+		return
+	}
+	// No Write begins any more. One that is under way is as a rule at its end, unless the caller's writer blocks.
+	read := make(chan struct{})
+	go func() {
+		e.readers.Wait()
+		close(read)
+	}()
+	last := time.NewTimer(writeGrace)
+	defer last.Stop()
+	select {
+	case <-read:
+	case <-last.C:
 	}
 }
 

@@ -23,6 +23,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/lxdtransport/transport"
+	"github.com/lxdtransport/transport/internal/reallxd"
 )
 
 func sh(script string, args ...string) transport.Command {
@@ -507,12 +508,26 @@ func TestTerminal(t *testing.T) {
 		code, _ := transport.ExitCode(err)
 		assert.Equal(t, 5, code, "%v", err)
 		assert.True(t, strings.HasSuffix(out.String(), "\r\n100000\r\n"))
+	})
+}
 
-		// Input that nobody reads holds nothing up. LXD 5.0 may keep the status back then.
-		err = host.Exec(soon(t), transport.Command{Args: transport.Shell("stty raw; sleep 0.5; exit 6"), TTY: &transport.TTY{}, Stdin: zeros{}, WaitDelay: time.Second})
+// TestTerminalThatNobodyReads: input that nobody reads holds nothing up. LXD 5.0 may keep the status back then, and the operation for ever, for
+// which the instance is the test's own.
+func TestTerminalThatNobodyReads(t *testing.T) {
+	t.Parallel()
+	server := reallxd.Unix(t)
+	name := reallxd.Create(t, server)
+	reallxd.Start(t, server, name)
+	t.Cleanup(func() {
+		reallxd.Stop(t, server, name)
+		reallxd.Delete(t, server, name)
+	})
+	for _, server := range reallxd.Servers(t) {
+		host := newLXD(t, server, name, nil)
+		err := host.Exec(soon(t), transport.Command{Args: transport.Shell("stty raw; sleep 0.5; exit 6"), TTY: &transport.TTY{}, Stdin: zeros{}, WaitDelay: time.Second})
 		code, exited := transport.ExitCode(err)
 		assert.True(t, code == 6 || !exited && err != nil, "%v", err)
-	})
+	}
 }
 
 func TestStartSignalResize(t *testing.T) {

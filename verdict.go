@@ -23,7 +23,8 @@ func (e *execution) verdict(f fate) error {
 		}
 		errs = append(errs, exit)
 	}
-	if e.outer.Err() != nil && (e.interrupted || e.cut || !f.exited) {
+	swept := e.sweep != nil && e.sweep.result.killed+e.sweep.result.left > 0
+	if e.outer.Err() != nil && (e.interrupted || e.cut || swept || !f.exited) {
 		errs = append(errs, context.Cause(e.outer))
 	}
 	switch {
@@ -50,7 +51,7 @@ func (e *execution) verdict(f fate) error {
 		errs = append(errs, e.copyErr)
 	}
 	// A ctx that ends when all is over but the telling changes nothing.
-	if e.sweep != nil && (e.interrupted || e.cut || e.copyErr != nil) {
+	if e.sweep != nil && (e.interrupted || e.cut || swept || e.copyErr != nil) {
 		errs = append(errs, errors.New(e.ending(f)))
 	}
 	if len(errs) == 0 {

@@ -122,7 +122,8 @@ func execUnder(t *testing.T, s *lxdtest.Server, host *transport.LXD, cmd transpo
 	s.Inject(faults...)
 	before := len(s.Execs())
 	err := host.Exec(soon(t), cmd)
-	assert.LessOrEqual(t, len(s.Execs())-before, 1, "the library starts nothing twice")
+	execs := slices.DeleteFunc(s.Execs()[before:], isReaping)
+	assert.LessOrEqual(t, len(execs), 1, "the library starts nothing twice")
 	s.ClearFaults()
 	return err
 }
@@ -300,7 +301,7 @@ func TestServerThatStalls(t *testing.T) {
 				start := time.Now()
 				err := host.Exec(ctx, transport.Command{Args: []string{"wait"}, WaitDelay: 200 * time.Millisecond})
 				assert.ErrorIs(t, err, context.DeadlineExceeded)
-				assert.Less(t, time.Since(start), 8*time.Second)
+				assert.Less(t, time.Since(start), patience)
 			})
 		}
 	})

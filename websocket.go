@@ -174,6 +174,7 @@ type output struct {
 	mu       sync.Mutex // guards what follows
 	detached bool       // w must not be called again
 	busy     bool       // a Write is under way or waits for its turn
+	writing  bool       // a Write is under way
 	waiting  time.Time  // since when the next message has been waited for; zero: one is being read or written
 	waited   time.Duration
 	moved    time.Time // when there was progress last
@@ -268,6 +269,7 @@ func (o *output) write(p []byte) {
 	defer o.turn.Unlock()
 	o.mu.Lock()
 	skip = o.detached
+	o.writing = !skip
 	o.mu.Unlock()
 	var n int
 	var err error
@@ -278,7 +280,7 @@ func (o *output) write(p []byte) {
 		}
 	}
 	o.mu.Lock()
-	o.busy, o.moved = false, time.Now()
+	o.busy, o.writing, o.moved = false, false, time.Now()
 	o.writeErr = err
 	o.mu.Unlock()
 	if err != nil {
@@ -326,12 +328,12 @@ func (o *output) progress() progress {
 	return p
 }
 
-// detach makes sure that the writer is not called again. It reports whether it may still be in a Write.
-func (o *output) detach() (stuck bool) {
+// detach makes sure that the writer is not called again. It reports whether it is in a Write.
+func (o *output) detach() (writing bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.detached = true
-	return o.busy
+	return o.writing
 }
 
 // result tells how it ended.

@@ -419,6 +419,7 @@ var scenarios = []scenario{
 		// The command lives on. The result is not asked for: now and then the real server's operation
 		// goes on running for ever.
 		s.ended("control")
+		w.until("/1.0/instances/INSTANCE/files?path=/tmp/survived")
 		w.do("GET", "/1.0/instances/INSTANCE/files?path=/tmp/survived", "", "")
 	}, []string{"alive"}},
 

@@ -137,6 +137,15 @@ func (w *wire) do(method, path, header, body string) []byte {
 	return b
 }
 
+// until asks, without a note, until there is an answer, for half a minute at most.
+func (w *wire) until(path string) {
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); <-time.After(20 * time.Millisecond) {
+		if res, b := w.get("GET", path, "", ""); res.StatusCode == http.StatusOK && len(b) > 0 {
+			return
+		}
+	}
+}
+
 // An exec is an operation with its sockets.
 type session struct {
 	w       *wire

@@ -270,7 +270,7 @@ func Operations(s lxd.InstanceServer, name string) ([]string, error) {
 			}
 			for _, list := range op.Resources {
 				if slices.ContainsFunc(list, func(r string) bool { return strings.HasSuffix(r, "/"+name) }) {
-					open = append(open, op.ID+" "+op.Description)
+					open = append(open, fmt.Sprintf("%s %s %v since %s, interactive: %v", op.ID, op.Description, op.Metadata["command"], op.CreatedAt.Format(time.TimeOnly), op.Metadata["interactive"]))
 					break
 				}
 			}
