@@ -14,7 +14,7 @@ import (
 	"slices"
 	"strings"
 
-	"go.yaml.in/yaml/v3"
+	"go.yaml.in/yaml/v2" // v3 keeps 200 KB of itself in every program that imports it, through its package variables
 )
 
 // Remote is a server as a client's configuration has it, with the files that belong to it.
