@@ -15,6 +15,7 @@ import (
 // TestCancelAtAnyMoment: of the request, of the sockets' connecting, of the command's start. Nothing is left, whenever it is.
 func TestCancelAtAnyMoment(t *testing.T) {
 	t.Parallel()
+	reallxd.Need(t)
 	server, name := reallxd.Unix(t), reallxd.Own(t, reallxd.Unix(t))
 	host := newLXD(t, server, name, nil)
 	for range 4 {

@@ -515,6 +515,7 @@ func TestTerminal(t *testing.T) {
 // which the instance is the test's own.
 func TestTerminalThatNobodyReads(t *testing.T) {
 	t.Parallel()
+	reallxd.Need(t)
 	server := reallxd.Unix(t)
 	name := reallxd.Create(t, server)
 	reallxd.Start(t, server, name)

@@ -1,0 +1,163 @@
+package transport_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/lxdtransport/transport"
+	"github.com/lxdtransport/transport/internal/reallxd"
+)
+
+// clusterBound is how long a verdict may take with a Liveness of 5 s: the server's own word within Liveness, a second member that has to be
+// tried, what a request may wait for, and a busy machine.
+const clusterBound = 90 * time.Second
+
+// A ran is one command and its verdict.
+type ran struct {
+	id, out string
+	err     error
+	took    time.Duration
+}
+
+// A clusterLoop runs commands in one instance through one member, one after the other. Each adds a line to a file in the instance.
+type clusterLoop struct {
+	entry, there reallxd.Member
+	host         *transport.LXD
+
+	mu  sync.Mutex
+	all []ran
+}
+
+func (l *clusterLoop) run(ctx context.Context) {
+	pace := time.NewTicker(50 * time.Millisecond) // a refusal comes at once
+	defer pace.Stop()
+	for n := 0; ctx.Err() == nil; n++ {
+		r := ran{id: fmt.Sprintf("via-%s-%d", l.entry.Name, n)}
+		var out strings.Builder
+		start := time.Now()
+		// ctx is not the command's, which is to have a verdict of its own.
+		r.err = l.host.Exec(context.WithoutCancel(ctx), transport.Command{Args: transport.Shell(`echo $1 >>/root/ran; echo $1`, r.id), Stdout: &out})
+		r.took, r.out = time.Since(start), out.String()
+		l.mu.Lock()
+		l.all = append(l.all, r)
+		l.mu.Unlock()
+		<-pace.C
+	}
+}
+
+// verdicts are how many there are, and how many of them are successes.
+func (l *clusterLoop) verdicts() (all, good int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, r := range l.all {
+		if r.err == nil {
+			good++
+		}
+	}
+	return len(l.all), good
+}
+
+// TestClusterLosesMembers runs commands on three instances through each member, while members are killed, stopped and started again. What
+// the verdicts say is held against the files in the instances: none ran twice, none ran that was not started, each ran that succeeded.
+func TestClusterLosesMembers(t *testing.T) {
+	members := reallxd.Cluster(t)
+	var loops []*clusterLoop
+	for _, entry := range members {
+		for _, there := range members {
+			host, err := transport.DialLXD(soon(t), entry.Addr, there.Instance, &transport.LXDOptions{
+				TLSClientCert: reallxd.File(t, "TRANSPORT_CLUSTER_CERT"),
+				TLSClientKey:  reallxd.File(t, "TRANSPORT_CLUSTER_KEY"),
+				TLSServerCert: reallxd.File(t, "TRANSPORT_CLUSTER_SERVER_CERT"),
+				Liveness:      5 * time.Second,
+			})
+			require.NoError(t, err)
+			t.Cleanup(func() { assert.NoError(t, host.Close()) })
+			loops = append(loops, &clusterLoop{entry: entry, there: there, host: host})
+		}
+	}
+	for _, l := range loops[:len(members)] {
+		require.NoError(t, l.host.Exec(soon(t), transport.Command{Args: []string{"rm", "-f", "/root/ran"}}))
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	t.Cleanup(func() { stop(); running.Wait() })
+	for _, l := range loops {
+		running.Go(func() { l.run(ctx) })
+	}
+	// more waits until each loop has n verdicts more, or as many successes.
+	more := func(n int, successes bool, of func(*clusterLoop) bool) {
+		t.Helper()
+		for _, l := range loops {
+			if !of(l) {
+				continue
+			}
+			all, good := l.verdicts()
+			ok := assert.Eventually(t, func() bool {
+				a, g := l.verdicts()
+				return successes && g >= good+n || !successes && a >= all+n
+			}, 2*clusterBound, 20*time.Millisecond, "through %s to %s", l.entry.Name, l.there.Name)
+			if !ok {
+				l.mu.Lock()
+				t.Fatalf("the last of it: %+v", l.all[max(0, len(l.all)-3):])
+			}
+		}
+	}
+	everyone := func(*clusterLoop) bool { return true }
+	more(3, true, everyone)
+	for _, m := range []reallxd.Member{members[0], members[2]} {
+		for what, down := range map[string]func(testing.TB){"killed": m.Kill, "stopped": m.Stop} {
+			down(t)
+			up := sync.OnceFunc(func() { m.Start(t) })
+			t.Cleanup(up)
+			more(2, false, everyone)
+			more(2, true, func(l *clusterLoop) bool { return l.there.Number != m.Number }) // the surviving members' instances work, through others if need be
+			t.Logf("%s was %s", m.Name, what)
+			up()
+			more(2, true, everyone)
+		}
+	}
+	stop()
+	running.Wait()
+
+	for i, there := range members {
+		var out strings.Builder
+		require.NoError(t, loops[i].host.Exec(soon(t), transport.Command{Args: []string{"cat", "/root/ran"}, Stdout: &out}))
+		times := map[string]int{}
+		for id := range strings.Lines(out.String()) {
+			times[strings.TrimSpace(id)]++
+		}
+		for _, l := range loops {
+			if l.there.Number != there.Number {
+				continue
+			}
+			var good, refused, unknown int
+			for _, r := range l.all {
+				name := fmt.Sprintf("%s to %s: %v", r.id, there.Name, r.err)
+				assert.LessOrEqual(t, times[r.id], 1, name)
+				assert.Less(t, r.took, clusterBound, name)
+				_, exited := transport.ExitCode(r.err)
+				switch {
+				case r.err == nil:
+					good++
+					assert.Equal(t, 1, times[r.id], name)
+					assert.Equal(t, r.id+"\n", r.out, name)
+				case errors.Is(r.err, transport.ErrNotStarted):
+					refused++
+					assert.Zero(t, times[r.id], name)
+				default:
+					unknown++
+					assert.False(t, exited && times[r.id] == 0, name)
+				}
+			}
+			t.Logf("%s to %s: %d succeeded, %d not started, %d not known", l.entry.Name, there.Name, good, refused, unknown)
+		}
+	}
+}
