@@ -43,6 +43,10 @@ var table = []row{
 	{folder: "lxdtest", imports: []string{"github.com/gorilla/websocket", "github.com/pkg/sftp"}, tests: append(append(testing_, lxdClient...), module+"/lxdtest")},
 	{folder: "transporttest", imports: []string{module, "github.com/stretchr/testify"}, tests: append(testing_, module+"/local", module+"/transporttest")},
 	{folder: "local", imports: []string{module}, tests: append(testing_, module+"/transporttest", module+"/local")},
+	{folder: "ssh", imports: []string{module, "golang.org/x/crypto", "github.com/pkg/sftp"}, tests: append(testing_, module+"/transporttest", module+"/ssh")},
+	{folder: "builder", tests: testing_},
+	{folder: "builder/lxd", imports: append(lxdClient, module+"/builder"), tests: append(testing_, module+"/lxdtest", module+"/internal/reallxd", module+"/builder/lxd")},
+	{folder: "provisioner", imports: []string{module}, tests: append(testing_, module+"/local", module+"/provisioner")},
 	{folder: "examples", free: true},
 }
 

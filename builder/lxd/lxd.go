@@ -1,0 +1,2 @@
+// Package lxd makes build hosts of LXD instances.
+package lxd

@@ -1,0 +1,2 @@
+// Package ssh is a transport over SSH.
+package ssh
