@@ -47,6 +47,8 @@ var table = []row{
 	{folder: "builder", tests: testing_},
 	{folder: "builder/lxd", imports: append(lxdClient, module+"/builder"), tests: append(testing_, module+"/lxdtest", module+"/internal/reallxd", module+"/builder/lxd")},
 	{folder: "provisioner", imports: []string{module}, tests: append(testing_, module+"/local", module+"/provisioner")},
+	{folder: "job", imports: []string{module, module + "/builder", module + "/provisioner", "go.yaml.in/yaml/v3"}, tests: append(append(testing_, lxdClient...), module+"/job", module+"/local", module+"/lxdtest", module+"/internal/reallxd")},
+	{folder: "cmd", free: true},
 	{folder: "examples", free: true},
 }
 

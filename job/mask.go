@@ -1,0 +1,220 @@
+package job
+
+import (
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/url"
+	"strings"
+)
+
+// mask is what stands for a secret in a log.
+const mask = "***"
+
+// minForm is the length from which on an encoded form of a secret is masked, and a line of one with several: a shorter one would be found in
+// too much that is none.
+const minForm = 6
+
+// secretForms is how secrets may appear in a log: as they are, what a cleaner makes of them, line by line, in base64 at each of
+// three places that the beginning of a group of three bytes can be, in URLs and in JSON.
+func secretForms(secrets []string) []string {
+	seen := map[string]bool{}
+	var forms []string
+	add := func(s string, least int) {
+		if len(s) >= least && strings.Trim(s, "\n\r") != "" && !seen[s] {
+			seen[s] = true
+			forms = append(forms, s)
+		}
+	}
+	for _, secret := range secrets {
+		for _, s := range []string{secret, cleaned(secret), strings.Trim(cleaned(secret), "\n")} {
+			add(s, 1)
+			for _, line := range strings.Split(s, "\n") {
+				add(line, minForm)
+			}
+			for _, enc := range []*base64.Encoding{base64.RawStdEncoding, base64.RawURLEncoding} {
+				for offset := range 3 {
+					add(base64At(enc, s, offset), minForm)
+				}
+			}
+			for _, u := range []string{url.QueryEscape(s), url.PathEscape(s), percent(s)} {
+				add(u, minForm)
+				add(lowerEscapes(u), minForm)
+			}
+			if j, err := json.Marshal(s); err == nil {
+				add(string(j[1:len(j)-1]), minForm)
+			}
+		}
+	}
+	return forms
+}
+
+// base64At is the characters that a secret determines alone when offset bytes of something else are before it.
+func base64At(enc *base64.Encoding, s string, offset int) string {
+	coded := enc.EncodeToString(append(make([]byte, offset), s...))
+	first := (8*offset + 5) / 6
+	last := 8 * (offset + len(s)) / 6
+	if first >= last {
+		return ""
+	}
+	return coded[first:last]
+}
+
+// percent escapes as encodeURIComponent does, which url.QueryEscape and url.PathEscape differ from.
+func percent(s string) string {
+	var b strings.Builder
+	for i := range len(s) {
+		c := s[i]
+		if c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.IndexByte("-_.!~*'()", c) >= 0 {
+			b.WriteByte(c)
+		} else {
+			fmt.Fprintf(&b, "%%%02X", c)
+		}
+	}
+	return b.String()
+}
+
+// lowerEscapes writes %2F as %2f.
+func lowerEscapes(s string) string {
+	b := []byte(s)
+	for i := 0; i+2 < len(b); i++ {
+		if b[i] == '%' {
+			copy(b[i+1:i+3], strings.ToLower(string(b[i+1:i+3])))
+			i += 2
+		}
+	}
+	return string(b)
+}
+
+// dictionary finds many words at once in one pass (Aho and Corasick). It is not modified once it is built.
+type dictionary struct {
+	nodes []node
+	root  [256]int32 // the root's children; 0: none
+}
+
+type node struct {
+	next  map[byte]int32
+	fail  int32
+	depth int32
+	match int32 // length of the longest word that ends here; 0: none
+}
+
+func newDictionary(words []string) *dictionary {
+	d := &dictionary{nodes: make([]node, 1)}
+	for _, w := range words {
+		at := int32(0)
+		for i := range len(w) {
+			to, ok := d.nodes[at].next[w[i]]
+			if !ok {
+				to = int32(len(d.nodes))
+				d.nodes = append(d.nodes, node{depth: d.nodes[at].depth + 1})
+				if d.nodes[at].next == nil {
+					d.nodes[at].next = map[byte]int32{}
+				}
+				d.nodes[at].next[w[i]] = to
+			}
+			at = to
+		}
+		if at != 0 {
+			d.nodes[at].match = int32(len(w))
+		}
+	}
+	for b, to := range d.nodes[0].next {
+		d.root[b] = to
+	}
+	queue := []int32{0}
+	for len(queue) > 0 {
+		at := queue[0]
+		queue = queue[1:]
+		for b, to := range d.nodes[at].next {
+			queue = append(queue, to)
+			if at == 0 {
+				continue
+			}
+			n := &d.nodes[to]
+			n.fail = d.step(d.nodes[at].fail, b)
+			n.match = max(n.match, d.nodes[n.fail].match)
+		}
+	}
+	return d
+}
+
+// step is the longest beginning of a word that the text ends with after one more byte.
+func (d *dictionary) step(at int32, b byte) int32 {
+	for at != 0 {
+		if to, ok := d.nodes[at].next[b]; ok {
+			return to
+		}
+		at = d.nodes[at].fail
+	}
+	return d.root[b]
+}
+
+// masker writes *** for every run of bytes that belong to secrets. It holds back what may be the beginning of one, and
+// nothing else. Whatever the chunks are that it gets, what it writes is the same.
+type masker struct {
+	w      io.Writer
+	d      *dictionary
+	at     int32
+	held   []byte
+	secret []bool // of the bytes held
+	masked bool   // the last that was written was a mask
+	out    []byte
+}
+
+func newMasker(w io.Writer, d *dictionary) *masker { return &masker{w: w, d: d} }
+
+// Write masks p. It returns len(p) unless the writer behind it fails.
+func (m *masker) Write(p []byte) (int, error) {
+	if len(m.d.nodes) == 1 {
+		return m.w.Write(p)
+	}
+	m.out = m.out[:0]
+	for _, b := range p {
+		m.at = m.d.step(m.at, b)
+		n := &m.d.nodes[m.at]
+		if n.depth == 0 && len(m.held) == 0 { // most bytes
+			m.out, m.masked = append(m.out, b), false
+			continue
+		}
+		m.held, m.secret = append(m.held, b), append(m.secret, false)
+		for i := len(m.secret) - int(n.match); i < len(m.secret); i++ {
+			m.secret[i] = true
+		}
+		if int(n.depth) < len(m.held) {
+			m.release(len(m.held) - int(n.depth))
+		}
+	}
+	return len(p), m.flush()
+}
+
+// Close writes what was held back. It does not close the writer.
+func (m *masker) Close() error {
+	m.out = m.out[:0]
+	m.release(len(m.held))
+	m.at, m.masked = 0, false
+	return m.flush()
+}
+
+// release decides about the first n bytes held.
+func (m *masker) release(n int) {
+	for i, b := range m.held[:n] {
+		switch {
+		case !m.secret[i]:
+			m.out, m.masked = append(m.out, b), false
+		case !m.masked:
+			m.out, m.masked = append(m.out, mask...), true
+		}
+	}
+	m.held = m.held[:copy(m.held, m.held[n:])]
+	m.secret = m.secret[:copy(m.secret, m.secret[n:])]
+}
+
+func (m *masker) flush() error {
+	if len(m.out) == 0 {
+		return nil
+	}
+	_, err := m.w.Write(m.out)
+	return err
+}
