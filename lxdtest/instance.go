@@ -74,6 +74,7 @@ type instance struct {
 	s       *Server
 	tree    *tree
 	created time.Time
+	model   *instance // what it is being copied from
 
 	mu     sync.Mutex // guards Status, Config, image and used
 	image  string
@@ -491,9 +492,12 @@ func (s *Server) postInstance(w http.ResponseWriter, r *http.Request) {
 		Type      Type              `json:"type"`
 		Ephemeral bool              `json:"ephemeral"`
 		Config    map[string]string `json:"config"`
+		Profiles  []string          `json:"profiles"`
+		Devices   map[string]any    `json:"devices"`
 		Start     bool              `json:"start"`
 		Source    struct {
 			Type        string `json:"type"`
+			Source      string `json:"source"`
 			Alias       string `json:"alias"`
 			Fingerprint string `json:"fingerprint"`
 		} `json:"source"`
@@ -504,8 +508,21 @@ func (s *Server) postInstance(w http.ResponseWriter, r *http.Request) {
 	if req.Name == "" {
 		req.Name = "fake-" + newSecret()[:8]
 	}
+	var model *instance
+	if req.Source.Type == "copy" {
+		model = s.findInstance(project(r), req.Source.Source)
+	}
 	switch {
-	case req.Source.Type != "image" && req.Source.Type != "none":
+	case r.URL.Query().Get("target") != "":
+		s.fail(w, 400, "Target only allowed when clustered")
+		return
+	case req.Source.Type == "copy" && req.Source.Source == "":
+		s.fail(w, 400, "Must specify a source instance")
+		return
+	case req.Source.Type == "copy" && model == nil:
+		s.fail(w, 404, fmt.Sprintf("Failed to fetch instance %q in project %q: Instance not found", req.Source.Source, project(r)))
+		return
+	case req.Source.Type != "image" && req.Source.Type != "none" && req.Source.Type != "copy":
 		s.fail(w, 400, "Unknown source type "+req.Source.Type)
 		return
 	case req.Source.Type == "image" && req.Source.Alias != "" && !s.hasAlias(req.Source.Alias):
@@ -520,8 +537,14 @@ func (s *Server) postInstance(w http.ResponseWriter, r *http.Request) {
 		image = imageFingerprint(req.Source.Alias)
 	}
 	wanted := Instance{Name: req.Name, Project: project(r), Type: req.Type, Status: Stopped, Ephemeral: req.Ephemeral, Config: req.Config}
-	shell := &instance{Instance: wanted, s: s}
+	shell := &instance{Instance: wanted, s: s, model: model}
 	s.background(w, r, "Creating instance", shell, true, func() error {
+		if model != nil {
+			if len(req.Profiles) == 0 && len(req.Devices) == 0 {
+				return errors.New("Failed creating instance record: Failed initialising instance: Failed getting root disk: No root device could be found")
+			}
+			return s.copyInstance(model, wanted)
+		}
 		if image != "" && req.Source.Alias == "" && !s.hasImage(image) {
 			return errors.New("Failed creating instance from image: Image not found")
 		}
@@ -536,6 +559,24 @@ func (s *Server) postInstance(w http.ResponseWriter, r *http.Request) {
 		}
 		return nil
 	})
+}
+
+// copyInstance makes an instance with the configuration and the files of another one. What is wanted wins.
+func (s *Server) copyInstance(model *instance, wanted Instance) error {
+	model.mu.Lock()
+	config, image := maps.Clone(model.Config), model.image
+	model.mu.Unlock()
+	maps.Copy(config, wanted.Config)
+	wanted.Config, wanted.Handler, wanted.NoAgent = config, model.Handler, model.NoAgent
+	i, err := s.add(wanted, image)
+	if err != nil {
+		return errors.New("Failed creating instance record: " + err.Error())
+	}
+	if err := os.CopyFS(i.Root, model.tree.root.FS()); err != nil {
+		return errors.New("Failed creating instance from copy: " + err.Error())
+	}
+	s.lifecycle("instance-created", i, nil)
+	return nil
 }
 
 // putInstance changes the configuration: all of it, or with PATCH the keys that are given.

@@ -120,6 +120,10 @@ func (s *Server) resources(i *instance, both bool) map[string][]string {
 			old = "/1.0/containers/"
 		}
 		res["containers"] = []string{old + i.Name}
+		if i.model != nil {
+			res["instances"] = append(res["instances"], i.model.url())
+			res["containers"] = append(res["containers"], old+i.model.Name)
+		}
 	}
 	return res
 }

@@ -1,6 +1,7 @@
 package lxdtest_test
 
 import (
+	"encoding/json"
 	"fmt"
 	"os"
 	"strings"
@@ -789,6 +790,56 @@ var scenarios = []scenario{
 		result(w.do("DELETE", own, "", ""))
 		w.do("DELETE", own, "", "")
 	}, []string{"404", "400", "Instance is not running", "Running", "Instance is running", "Frozen", "Instance is frozen", "Running", "Stopped"}},
+
+	{"copies of an instance", func(w *wire) {
+		model, copied := "/1.0/instances/INSTANCEm", "/1.0/instances/INSTANCEn"
+		image := os.Getenv("TRANSPORT_LXD_IMAGE")
+		wait := func(b []byte) {
+			_, b = w.get("GET", "/1.0/operations/"+w.session(b).id+"/wait", "", "")
+			var a struct{ Metadata struct{ Status, Err string } }
+			_ = json.Unmarshal(b, &a)
+			w.note("%s %s", a.Metadata.Status, a.Metadata.Err)
+		}
+		_, b := w.get("POST", "/1.0/instances", "", `{"name":"`+w.instance+`m","config":{"user.a":"1","user.b":"2"},"source":{"type":"image","alias":"`+image+`"}}`)
+		wait(b)
+		defer func() {
+			w.get("DELETE", model, "", "")
+			w.get("DELETE", copied, "", "")
+		}()
+		w.do("POST", model+"/files?path=/root/kept", octets+"X-LXD-mode: 0640", "content\n")
+		w.do("POST", "/1.0/instances?target=m", "", `{"name":"INSTANCEn","source":{"type":"copy"}}`)
+		w.do("POST", "/1.0/instances", "", `{"name":"INSTANCEn","source":{"type":"copy"}}`)
+		w.do("POST", "/1.0/instances", "", `{"name":"INSTANCEn","source":{"type":"copy","source":"no-such-instance"}}`)
+		post := func(more string) []byte {
+			_, b := w.get("POST", "/1.0/instances", "", `{"name":"`+w.instance+`n",`+more+`"source":{"type":"copy","source":"`+w.instance+`m"}}`)
+			var a struct {
+				Metadata struct{ Resources map[string][]string }
+			}
+			_ = json.Unmarshal(b, &a)
+			w.note("%v", strings.ReplaceAll(fmt.Sprint(a.Metadata.Resources), w.instance, "INSTANCE"))
+			return b
+		}
+		wait(post("")) // no profiles are none here, and so no disk
+		wait(post(`"profiles":["default"],"ephemeral":true,"config":{"user.b":"3","user.c":"4"},`))
+		_, b = w.get("GET", copied, "", "")
+		var a struct {
+			Metadata struct {
+				Config    map[string]string
+				Ephemeral bool
+				Status    string
+			}
+		}
+		require.NoError(w.t, json.Unmarshal(b, &a))
+		w.note("%q %q %q %v %s", a.Metadata.Config["user.a"], a.Metadata.Config["user.b"], a.Metadata.Config["user.c"], a.Metadata.Ephemeral, a.Metadata.Status)
+		w.do("PATCH", copied, "", `{"config":{"user.a":"","user.c":"5"}}`)
+		_, b = w.get("GET", copied, "", "")
+		a.Metadata.Config = nil
+		require.NoError(w.t, json.Unmarshal(b, &a))
+		_, has := a.Metadata.Config["user.a"]
+		w.note("%v %q %q", has, a.Metadata.Config["user.b"], a.Metadata.Config["user.c"])
+		_, b = w.get("GET", copied+"/files?path=/root/kept", "", "")
+		w.note("%s", b)
+	}, []string{"clustered", "400", "404", "no-such-instance", "Failure", "No root device", "Success", `"1" "3" "4" true Stopped`, `false "3" "5"`, "content"}},
 
 	{"an exec in an instance that is stopped meanwhile", func(w *wire) {
 		own := "/1.0/instances/INSTANCEy"
