@@ -51,8 +51,8 @@ func (r *run) event(e Event) {
 		e.Host = r.at.Name
 	}
 	if e.Err != nil {
-		e.Error = r.hide(e.Err.Error())
-		e.Err = hidden{e.Error, e.Err}
+		e.Err = r.hideError(e.Err)
+		e.Error = e.Err.Error()
 	}
 	if r.Events != nil {
 		r.Events(e)
@@ -94,6 +94,9 @@ type hidden struct {
 	text string
 	err  error
 }
+
+// hideError takes secrets out of an error's text.
+func (r *run) hideError(err error) error { return hidden{r.hide(err.Error()), err} }
 
 func (h hidden) Error() string { return h.text }
 func (h hidden) Unwrap() error { return h.err }

@@ -15,7 +15,14 @@ import (
 
 // describe makes the workspace, given without its first slash, and says what the host is. The names are relative, for package
 // local and the fake server have their own idea of /.
-const describe = `case $2 in new) mkdir -p tmp && mkdir -m 700 "$1";; *) mkdir -p "$1";; esac && cd "$1" && pwd && id -u && id -un && cat /etc/os-release 2>/dev/null; exit 0`
+const describe = `case $2 in new) mkdir -p tmp && mkdir -m 700 "$1";; *) mkdir -p "$1";; esac && cd "$1" && pwd && id -u && { id -un 2>/dev/null || id -u; } || exit 1
+cat /etc/os-release 2>/dev/null; exit 0`
+
+// What a host may say of itself.
+const (
+	maxPath  = 4 << 10
+	maxValue = 256
+)
 
 // enter makes the workspace and learns what the context has of the host.
 func (r *run) enter(ctx context.Context) error {
@@ -34,11 +41,11 @@ func (r *run) enter(ctx context.Context) error {
 	}
 	out, err := transport.Output(ctx, r.host, transport.Command{Args: transport.Shell(describe, "./"+relative, kind), Dir: "/"})
 	if err != nil {
-		return errors.Join(err, stderrOf(err))
+		return withStderr(err)
 	}
 	lines := strings.SplitN(cleaned(string(out)), "\n", 4)
-	if len(lines) < 4 || !path.IsAbs(lines[0]) {
-		return fmt.Errorf("%s cannot be made", r.workspace)
+	if len(lines) < 4 || !path.IsAbs(lines[0]) || len(lines[0]) > maxPath || len(lines[2]) > maxValue {
+		return errors.New("the host does not say where it is")
 	}
 	r.workspaceSeen, r.root = path.Clean(lines[0]), lines[1] == "0"
 	r.vars["workspace"], r.vars["username"] = r.workspaceSeen, lines[2]
@@ -55,7 +62,7 @@ func (r *run) enter(ctx context.Context) error {
 func osRelease(s string) map[string]string {
 	m := map[string]string{}
 	for line := range strings.Lines(s) {
-		if k, v, ok := strings.Cut(strings.TrimSpace(line), "="); ok {
+		if k, v, ok := strings.Cut(strings.TrimSpace(line), "="); ok && len(v) <= maxValue {
 			m[k] = strings.Trim(v, `"'`)
 		}
 	}
@@ -190,10 +197,10 @@ func escapeLine(b *bytes.Buffer, s string) {
 	b.WriteByte('\n')
 }
 
-// stderrOf is what a command said, as far as its error has it.
-func stderrOf(err error) error {
+// withStderr adds to an error what the command said, as far as the error has it.
+func withStderr(err error) error {
 	if e, ok := errors.AsType[*transport.ExitError](err); ok && len(e.Stderr) > 0 {
-		return errors.New(strings.TrimSpace(cleaned(string(e.Stderr))))
+		return fmt.Errorf("%w: %s", err, strings.TrimSpace(cleaned(string(e.Stderr))))
 	}
-	return nil
+	return err
 }

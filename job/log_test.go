@@ -146,6 +146,33 @@ func TestMasker(t *testing.T) {
 	require.Equal(t, "  > ***\n", masked(t, "  > c2VjcmV0bGluZTE=\n", nil, pem), "a line of it alone")
 }
 
+func TestMaskerFindsWrappedBase64(t *testing.T) {
+	t.Parallel()
+	for _, length := range []int{60, 200, 3000} {
+		rng := rand.New(rand.NewPCG(uint64(length), 1))
+		secret := make([]byte, length)
+		for i := range secret {
+			secret[i] = byte('!' + rng.IntN(90))
+		}
+		for _, prefix := range []string{"", "user:", "a", "ab"} {
+			if prefix != "" && length > 700 {
+				continue
+			}
+			coded := base64.StdEncoding.EncodeToString([]byte(prefix + string(secret)))
+			for _, width := range []int{76, 64} {
+				var lines strings.Builder
+				for rest := coded; rest != ""; rest = rest[min(width, len(rest)):] {
+					lines.WriteString(rest[:min(width, len(rest))] + "\n")
+				}
+				out := masked(t, lines.String(), rng, string(secret))
+				for line := range strings.Lines(out) {
+					require.Less(t, len(strings.ReplaceAll(line, mask, "")), window+8, "%d bytes behind %q: %s", length, prefix, out)
+				}
+			}
+		}
+	}
+}
+
 // naive masks in the obvious way.
 func naive(s string, forms []string) string {
 	secret := make([]bool, len(s))

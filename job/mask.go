@@ -35,7 +35,11 @@ func secretForms(secrets []string) []string {
 			}
 			for _, enc := range []*base64.Encoding{base64.RawStdEncoding, base64.RawURLEncoding} {
 				for offset := range 3 {
-					add(base64At(enc, s, offset), minForm)
+					coded := base64At(enc, s, offset)
+					add(coded, minForm)
+					for _, part := range wrapped(coded, offset) {
+						add(part, minForm)
+					}
 				}
 			}
 			for _, u := range []string{url.QueryEscape(s), url.PathEscape(s), percent(s)} {
@@ -59,6 +63,34 @@ func base64At(enc *base64.Encoding, s string, offset int) string {
 		return ""
 	}
 	return coded[first:last]
+}
+
+// Base64 is written in lines of 76 or 64 characters, so that a long secret is not found as a whole. Of one that begins where the
+// text begins the lines are known. Others are found by windows of so many characters, if they are not so long that this would take too much memory; what is left
+// of their lines is shorter than a window.
+const (
+	window    = 16
+	maxWindow = 1 << 10
+)
+
+// wrapped is what may be found of a secret in base64 that is written in several lines.
+func wrapped(coded string, offset int) (parts []string) {
+	if len(coded) <= 64-window {
+		return nil
+	}
+	if offset == 0 {
+		for _, width := range []int{76, 64} {
+			for rest := coded; len(rest) > 0; rest = rest[min(width, len(rest)):] {
+				parts = append(parts, rest[:min(width, len(rest))])
+			}
+		}
+	}
+	if len(coded) <= maxWindow {
+		for i := 0; i+window <= len(coded); i++ {
+			parts = append(parts, coded[i:i+window])
+		}
+	}
+	return parts
 }
 
 // percent escapes as encodeURIComponent does, which url.QueryEscape and url.PathEscape differ from.

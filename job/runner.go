@@ -33,6 +33,9 @@ type Runner struct {
 
 	// Provisioner prepares the host for the job's environment. nil: a job that has repositories or packages fails.
 	Provisioner provisioner.Provisioner
+	// NewProvisioner makes a Provisioner that writes what it does to the job's log; it wins over Provisioner. It gets a writer of its own for
+	// each run, which is not to be used after Prepare.
+	NewProvisioner func(log io.Writer) provisioner.Provisioner
 
 	// Log gets the job's log, one Write at a time. nil: it is thrown away.
 	Log io.Writer
@@ -167,7 +170,7 @@ func (r *Runner) Run(ctx context.Context, j *Job) (*Result, error) {
 	err := n.prepareContext()
 	n.hiding = newDictionary(secretForms(n.masks))
 	opts := r.LogOptions
-	opts.Secrets = slices.Concat(opts.Secrets, n.masks)
+	opts.Secrets = n.masks
 	w := r.Log
 	if w == nil {
 		w = io.Discard
@@ -184,7 +187,7 @@ func (r *Runner) Run(ctx context.Context, j *Job) (*Result, error) {
 		err = fmt.Errorf("job: %w (%w)", context.Cause(ctx), err)
 	}
 	if err != nil {
-		err = hidden{n.hide(err.Error()), err}
+		err = n.hideError(err)
 		n.log("%s\n", strings.Repeat("=", 79))
 		n.log("Job %s failed: %v\n", j.Name, err)
 	} else {
@@ -206,6 +209,7 @@ func (r *Runner) Run(ctx context.Context, j *Job) (*Result, error) {
 // prepareContext decrypts the secrets and fills the context with what is known before there is a host.
 func (r *run) prepareContext() error {
 	j := r.job
+	r.masks = slices.Clone(r.LogOptions.Secrets)
 	maps.Copy(r.vars, r.Context)
 	maps.Copy(r.vars, map[string]string{
 		"job_id": r.id, "job_name": j.Name, "job_version": j.Version,
@@ -295,10 +299,7 @@ func (r *run) all(res *Result) (err error) {
 	env := r.job.Environment
 	if len(env.Packages)+len(env.Repositories) > 0 {
 		r.log("Preparing the host\n")
-		if r.Provisioner == nil {
-			return errors.New("job: the job has packages or repositories, and Runner.Provisioner is not set")
-		}
-		if err := r.Provisioner.Prepare(ctx, r.host, provisioner.Host{Name: h.Name, OS: cmp.Or(h.OS, spec.OS)}, env); err != nil {
+		if err := r.prepare(ctx, provisioner.Host{Name: h.Name, OS: cmp.Or(h.OS, spec.OS)}); err != nil {
 			return fmt.Errorf("job: preparing the host %s: %w", h.Name, err)
 		}
 	}
@@ -309,6 +310,20 @@ func (r *run) all(res *Result) (err error) {
 		}
 	}
 	return r.sequence(ctx, res)
+}
+
+// prepare has the host prepared.
+func (r *run) prepare(ctx context.Context, h provisioner.Host) error {
+	p := r.Provisioner
+	if r.NewProvisioner != nil {
+		out := r.logs.Stream()
+		defer out.Close()
+		p = r.NewProvisioner(out)
+	}
+	if p == nil {
+		return errors.New("the job has packages or repositories, and Runner.Provisioner is not set")
+	}
+	return p.Prepare(ctx, r.host, h, r.job.Environment)
 }
 
 // sequence runs the stages.
@@ -325,7 +340,7 @@ func (r *run) sequence(ctx context.Context, res *Result) error {
 		res.Stages = append(res.Stages, StageResult{Stage: e.Stage.Name, Skipped: skipped, Err: errOf(err), Duration: took})
 		r.event(Event{Kind: StageRuns, Stage: e.Stage.Name, Steps: len(e.Stage.Steps), Done: true, Skipped: skipped, Err: errOf(err), Duration: took})
 		if err != nil {
-			r.log("Stage %s failed: %v\n", e.Stage.Name, r.hide(err.Err.Error()))
+			r.log("Stage %s failed: %v\n", e.Stage.Name, err.Err)
 			if ctx.Err() != nil {
 				return fmt.Errorf("job: %w", err)
 			}
@@ -360,7 +375,7 @@ func (r *run) stage(ctx context.Context, e *Entry) (skipped bool, failed *StageE
 		}
 		holds, err := c.cond.Holds(r.vars)
 		if err != nil {
-			return false, &StageError{Stage: s.Name, Err: err}
+			return false, &StageError{Stage: s.Name, Err: r.hideError(err)}
 		}
 		if holds != c.run {
 			r.log("Skipping stage %s: %s %s\n", s.Name, c.name, c.cond)
@@ -379,7 +394,7 @@ func (r *run) stage(ctx context.Context, e *Entry) (skipped bool, failed *StageE
 		ev.Done, ev.Err, ev.Duration = true, err, time.Since(begin)
 		r.event(ev)
 		if err != nil {
-			return false, &StageError{Stage: s.Name, Step: i + 1, Action: step.Action, Err: err}
+			return false, &StageError{Stage: s.Name, Step: i + 1, Action: step.Action, Err: r.hideError(err)}
 		}
 	}
 	if e.FailIf != nil {
@@ -388,7 +403,7 @@ func (r *run) stage(ctx context.Context, e *Entry) (skipped bool, failed *StageE
 			err = fmt.Errorf("fail_if %s", e.FailIf)
 		}
 		if err != nil {
-			return false, &StageError{Stage: s.Name, Err: err}
+			return false, &StageError{Stage: s.Name, Err: r.hideError(err)}
 		}
 	}
 	return false, nil

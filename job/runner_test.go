@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -436,6 +437,12 @@ func TestPrepare(t *testing.T) {
 	require.Equal(t, provisioner.Host{Name: "h1", OS: "debian_12"}, p.host)
 	require.Equal(t, []string{"gcc", "make"}, p.env.Packages)
 	require.Equal(t, "gcc make", o.Context["packages"])
+	o = runJob(t, t.Context(), j, Runner{NewProvisioner: func(log io.Writer) provisioner.Provisioner {
+		fmt.Fprint(log, "\x1b[1mReading package lists\x1b[0m\nDone")
+		return p
+	}})
+	require.NoError(t, o.err)
+	require.Contains(t, o.log, "Preparing the host\nReading package lists\nDone\n---")
 	p.err = errors.New("the mirror is away")
 	o = runJob(t, t.Context(), j, Runner{Provisioner: p})
 	require.ErrorIs(t, o.err, p.err)

@@ -1,5 +1,0 @@
-package main
-
-import "github.com/lxdtransport/transport/provisioner"
-
-func newProvisioner() provisioner.Provisioner { return nil }
