@@ -12,6 +12,8 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -591,6 +593,59 @@ func TestSources(t *testing.T) {
 		o := runJob(t, t.Context(), j, Runner{Context: map[string]string{"repo": repo, "branch": "next"}})
 		require.NoError(t, o.err, o.log)
 		require.Contains(t, o.log, ": cat file\n"+want+"\n")
+	}
+}
+
+// TestSourceWithToken clones from a server that wants the token, and looks for it where it must not be.
+func TestSourceWithToken(t *testing.T) {
+	t.Parallel()
+	if _, err := exec.LookPath("git"); err != nil {
+		t.Skip("needs git")
+	}
+	const token = "t0ken/with=%25&odd'characters"
+	repo := repository(t)
+	files := http.StripPrefix("/group/project.git", http.FileServer(http.Dir(filepath.Join(repo, ".git"))))
+	var user string
+	var mu sync.Mutex // guards user
+	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		name, pass, _ := req.BasicAuth()
+		if pass != token {
+			w.Header().Set("WWW-Authenticate", `Basic realm="git"`)
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		mu.Lock()
+		user = name
+		mu.Unlock()
+		files.ServeHTTP(w, req)
+	}))
+	defer web.Close()
+	for _, row := range []struct{ url, token, user string }{
+		{web.URL + "/group/project.git", "%{token}", "x-access-token"},
+		{strings.Replace(web.URL, "//", "//me@", 1) + "/group/project.git", token, "me"},
+	} {
+		j := parse(t, "secrets: {token: \""+token+"\"}\nsources: [{type: git, url: '"+row.url+"', token: \""+row.token+"\", branch: next}]\nname: x\n"+
+			"stages: [{name: a, steps: [{action: command, cmd: cat file .git/config, path: project}]}]\nsequence: [stage: a]")
+		rec := &recorder{}
+		dir := t.TempDir()
+		o := runJob(t, t.Context(), j, Runner{Dial: func(context.Context, *builder.Host) (transport.Transport, error) {
+			inner, err := local.New(dir, &local.Options{Env: []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir, "GIT_CONFIG_NOSYSTEM=1"}})
+			rec.Transport = inner
+			return rec, err
+		}})
+		require.NoError(t, o.err, o.log)
+		require.Contains(t, o.log, ": cat file .git/config\nnext[core]")
+		mu.Lock()
+		require.Equal(t, row.user, user)
+		mu.Unlock()
+		require.NotContains(t, rec.seen.String(), "t0ken")
+		require.NotContains(t, o.log, "t0ken")
+		require.NotContains(t, o.log, mask, "git has written it down")
+
+		j.Secrets["token"], j.Sources[0].Token = "wrong", "wrong"
+		o = runJob(t, t.Context(), j, Runner{})
+		code, _ := transport.ExitCode(o.err)
+		require.Equal(t, 128, code, "it asks nobody")
 	}
 }
 
