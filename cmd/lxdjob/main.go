@@ -198,19 +198,19 @@ func (s *settings) run(ctx context.Context, stdout, stderr io.Writer) (int, erro
 	defer screen.close()
 	id := strings.ToLower(rand.Text()[:12])
 	r := job.Runner{
-		ID:          id,
-		Builder:     p.builder,
-		Dial:        p.dial,
-		Provisioner: p.provisioner,
-		Spec:        builder.Spec{OS: s.os, Image: s.image, Type: s.kind, Labels: map[string]string{"job": label(j.Name), "run": id}},
-		Log:         screen,
-		LogOptions:  job.LogOptions{Timestamps: s.times},
-		Events:      screen.event,
-		Secret:      secret,
-		Context:     s.context,
-		Files:       dir.FS(),
-		Artifacts:   artifacts,
-		Keep:        s.keep,
+		ID:             id,
+		Builder:        p.builder,
+		Dial:           p.dial,
+		NewProvisioner: p.provisioner,
+		Spec:           builder.Spec{OS: s.os, Image: s.image, Type: s.kind, Labels: map[string]string{"job": label(j.Name), "run": id}},
+		Log:            screen,
+		LogOptions:     job.LogOptions{Timestamps: s.times},
+		Events:         screen.event,
+		Secret:         secret,
+		Context:        s.context,
+		Files:          dir.FS(),
+		Artifacts:      artifacts,
+		Keep:           s.keep,
 	}
 	res, err := r.Run(ctx, j)
 	screen.close()

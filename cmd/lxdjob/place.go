@@ -26,7 +26,7 @@ import (
 type place struct {
 	builder     *lxdbuilder.Builder
 	dial        func(context.Context, *builder.Host) (transport.Transport, error)
-	provisioner provisioner.Provisioner
+	provisioner func(log io.Writer) provisioner.Provisioner
 	close       func()
 }
 
@@ -54,7 +54,7 @@ func (s *settings) connect() (*place, error) {
 	if s.project != "" {
 		server = server.UseProject(s.project)
 	}
-	return newPlace(server, &lxdbuilder.Options{Prefix: "job"}, newProvisioner(), server.Disconnect)
+	return newPlace(server, &lxdbuilder.Options{Prefix: "job"}, newProvisioner, server.Disconnect)
 }
 
 // fake starts a server whose instances' commands are those of this machine.
@@ -67,13 +67,13 @@ func (s *settings) fake() (*place, error) {
 		f.Close()
 		return nil, err
 	}
-	return newPlace(server, &lxdbuilder.Options{Prefix: "job", Ready: lxdbuilder.Exec}, asItIs{}, func() {
+	return newPlace(server, &lxdbuilder.Options{Prefix: "job", Ready: lxdbuilder.Exec}, func(io.Writer) provisioner.Provisioner { return asItIs{} }, func() {
 		server.Disconnect()
 		f.Close()
 	})
 }
 
-func newPlace(server lxd.InstanceServer, opts *lxdbuilder.Options, prov provisioner.Provisioner, stop func()) (*place, error) {
+func newPlace(server lxd.InstanceServer, opts *lxdbuilder.Options, prov func(io.Writer) provisioner.Provisioner, stop func()) (*place, error) {
 	hosts, err := lxdbuilder.New(server, opts)
 	if err != nil {
 		stop()
@@ -91,6 +91,10 @@ func newPlace(server lxd.InstanceServer, opts *lxdbuilder.Options, prov provisio
 		},
 		close: stop,
 	}, nil
+}
+
+func newProvisioner(log io.Writer) provisioner.Provisioner {
+	return provisioner.New(&provisioner.Options{Output: log})
 }
 
 // asItIs is the provisioner of a machine that is not ours to change.
