@@ -1,2 +1,0 @@
-// Package ssh is a transport over SSH.
-package ssh
