@@ -8,7 +8,9 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/base64"
 	"encoding/hex"
+	"encoding/json"
 	"encoding/pem"
 	"io"
 	"log"
@@ -397,6 +399,35 @@ func TestEnroll(t *testing.T) {
 	_, err = transport.Enroll(ctx, fake.URL, token, nil)
 	assert.ErrorContains(t, err, "certificate")
 	assert.Empty(t, fake.Requests())
+}
+
+// TestEnrollOnIncus: a token of Incus's is the operation that waits for its use, as the incus command prints it.
+func TestEnrollOnIncus(t *testing.T) {
+	servers, instance := reallxd.Incus(t)
+	ctx := soon(t)
+	name := "enroll-" + strings.ToLower(rand.Text()[:6])
+	resp, _, err := servers[0].RawQuery(http.MethodPost, "/1.0/certificates", map[string]any{"type": "client", "name": name, "token": true}, "")
+	require.NoError(t, err)
+	op, err := resp.MetadataAsOperation()
+	require.NoError(t, err)
+	token, err := json.Marshal(map[string]any{
+		"client_name": name, "fingerprint": op.Metadata["fingerprint"], "addresses": op.Metadata["addresses"], "secret": op.Metadata["secret"],
+		"expires_at": "0001-01-01T00:00:00Z",
+	})
+	require.NoError(t, err)
+	dir := filepath.Join(t.TempDir(), "credentials")
+	c, err := transport.Enroll(ctx, os.Getenv("TRANSPORT_INCUS_ADDR"), base64.StdEncoding.EncodeToString(token), &transport.EnrollOptions{Dir: dir})
+	require.NoError(t, err)
+	block, _ := pem.Decode([]byte(c.ClientCert))
+	sum := sha256.Sum256(block.Bytes)
+	defer func() {
+		_, _, err := servers[0].RawQuery(http.MethodDelete, "/1.0/certificates/"+hex.EncodeToString(sum[:]), nil, "")
+		assert.NoError(t, err)
+	}()
+	host, err := transport.DialLXD(ctx, c.Address, instance, c.Options())
+	works(t, host, err)
+	_, err = transport.Enroll(ctx, c.Address, base64.StdEncoding.EncodeToString(token), &transport.EnrollOptions{Dir: dir})
+	assert.NoError(t, err, "again")
 }
 
 // TestClusterEntry: the member at the connection's address is gone, or hangs; another takes its place.

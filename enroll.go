@@ -258,10 +258,10 @@ func (c *Credentials) enroll(ctx context.Context, token, name string, pins *LXDO
 	if token == "" {
 		return fmt.Errorf("%s does not trust the certificate, and there is no token: %w", info.product(), ErrUnauthorized)
 	}
-	post := map[string]string{"type": "client", "name": name}
-	if info.Environment.Server == "incus" || slices.Contains(info.Extensions, "explicit_trust_token") {
-		post["trust_token"] = token
-	} else {
+	// LXD before explicit_trust_token knows the password only, and Incus, which has no such extension and does not say who it is before it
+	// trusts, the token only. Both ignore what they do not know.
+	post := map[string]string{"type": "client", "name": name, "trust_token": token}
+	if !slices.Contains(info.Extensions, "explicit_trust_token") {
 		post["password"] = token
 	}
 	if err := ask(http.MethodPost, "/1.0/certificates", post, nil); err != nil {
