@@ -53,6 +53,12 @@ func commands(p *lxdtest.Process) int {
 // onFake runs a test over the fake in every version, over the socket and over HTTPS, with connect windows that a test can wait for.
 func onFake(t *testing.T, test func(t *testing.T, s *lxdtest.Server, host *transport.LXD)) {
 	t.Helper()
+	onFakeThatWaits(t, 2*time.Second, test)
+}
+
+// onFakeThatWaits is onFake with another connect window.
+func onFakeThatWaits(t *testing.T, window time.Duration, test func(t *testing.T, s *lxdtest.Server, host *transport.LXD)) {
+	t.Helper()
 	t.Parallel()
 	for _, v := range lxdtest.Versions() {
 		for _, secure := range []bool{false, true} {
@@ -63,7 +69,7 @@ func onFake(t *testing.T, test func(t *testing.T, s *lxdtest.Server, host *trans
 				t.Parallel()
 				s := lxdtest.NewUnstartedServer()
 				s.Version = v
-				s.Version.ConnectWindow = 2 * time.Second
+				s.Version.ConnectWindow = window
 				s.Handler = commands
 				s.AddInstance(lxdtest.Instance{Name: "c1"})
 				if secure {
@@ -354,7 +360,7 @@ func TestKeptConnectionThatWasClosed(t *testing.T) {
 }
 
 func TestManyOnTheFake(t *testing.T) {
-	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+	onFakeThatWaits(t, patience, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
 		const n = 30
 		errs := make(chan error, n)
 		for i := range n {

@@ -75,7 +75,8 @@ var execRows = []row{
 		}},
 	{name: "exec/ended-by-signal", why: "the kernel's memory killer ends builds with KILL; that is 137 everywhere",
 		run: func(ctx context.Context, host transport.Transport) error {
-			for name, n := range map[transport.Signal]int{"HUP": 129, "KILL": 137, "TERM": 143} {
+			// not HUP, which is ignored by all that nohup has started, nor INT, by what runs in a script's background
+			for name, n := range map[transport.Signal]int{"ALRM": 142, "KILL": 137, "TERM": 143} {
 				err := host.Exec(ctx, sh("kill -"+string(name)+" $$"))
 				if err := exits(err, n); err != nil {
 					return fmt.Errorf("%s: %w", name, err)

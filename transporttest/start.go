@@ -100,11 +100,11 @@ var startRows = []row{
 			if p, err = transport.Start(ctx, host, sh("exec sleep 1000")); err != nil {
 				return err
 			}
-			if err := p.Signal(transport.SIGHUP); err != nil {
+			if err := p.Signal("ALRM"); err != nil {
 				return err
 			}
 			result, err = returns(ctx, background(p.Wait))
-			return errors.Join(err, exits(result, 129))
+			return errors.Join(err, exits(result, 142))
 		}},
 	{name: "signal/not-to-children", why: "a shell that handles a signal decides about its children", needs: []Capability{Start, Signals},
 		run: func(ctx context.Context, host transport.Transport) error {
