@@ -161,3 +161,25 @@ func TestClusterLosesMembers(t *testing.T) {
 		}
 	}
 }
+
+// TestClusterWithoutQuorum: one member of three can do nothing, which is said in time. Nothing was started.
+func TestClusterWithoutQuorum(t *testing.T) {
+	members := reallxd.Cluster(t)
+	host := newLXD(t, members[0].HTTPS(t), members[0].Instance, nil)
+	require.NoError(t, host.Exec(soon(t), transport.Command{Args: []string{"rm", "-f", "/root/started"}}))
+	t.Cleanup(func() {
+		reallxd.StartAll(t, members[1], members[2])
+		assert.Eventually(t, func() bool {
+			return host.Exec(soon(t), transport.Command{Args: []string{"test", "!", "-e", "/root/started"}}) == nil
+		}, 2*clusterBound, 100*time.Millisecond)
+	})
+	members[1].Kill(t)
+	members[2].Kill(t)
+	for range 2 {
+		start := time.Now()
+		err := host.Exec(soon(t), transport.Command{Args: []string{"touch", "/root/started"}})
+		require.ErrorIs(t, err, transport.ErrNotStarted)
+		assert.Less(t, time.Since(start), clusterBound)
+		t.Logf("after %v: %v", time.Since(start).Round(time.Second), err)
+	}
+}

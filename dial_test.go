@@ -401,6 +401,47 @@ func TestEnroll(t *testing.T) {
 	assert.Empty(t, fake.Requests())
 }
 
+// TestRestrictedCertificate: it may work in its project, and is told that it may not elsewhere.
+func TestRestrictedCertificate(t *testing.T) {
+	t.Parallel()
+	reallxd.Need(t)
+	ctx := soon(t)
+	instance := reallxd.Instance(t)
+	lxc := func(args ...string) string {
+		out, err := exec.Command("lxc", args...).CombinedOutput() // not with ctx: some of it cleans up
+		require.NoError(t, err, "lxc %v: %s", args, out)
+		return string(out)
+	}
+	project := "restricted-" + strings.ToLower(rand.Text()[:6])
+	lxc("project", "create", project, "-c", "features.images=false", "-c", "features.profiles=false")
+	defer lxc("project", "delete", project)
+	lxc("launch", os.Getenv("TRANSPORT_LXD_IMAGE"), "inside", "--project", project)
+	defer lxc("delete", "-f", "inside", "--project", project)
+	token := lastLine(lxc("config", "trust", "add", "--name", project, "--restricted", "--projects", project))
+	c, err := transport.Enroll(ctx, "", token, nil)
+	require.NoError(t, err)
+	block, _ := pem.Decode([]byte(c.ClientCert))
+	sum := sha256.Sum256(block.Bytes)
+	defer lxc("config", "trust", "remove", hex.EncodeToString(sum[:])[:12])
+
+	opts := c.Options()
+	opts.Project = project
+	host, err := transport.DialLXD(ctx, c.Address, "inside", opts)
+	works(t, host, err)
+	opts.Project = "default"
+	host, err = transport.DialLXD(ctx, c.Address, instance, opts)
+	require.NoError(t, err)
+	defer host.Close()
+	for what, err := range map[string]error{
+		"exec":     host.Exec(ctx, transport.Command{Args: []string{"true"}}),
+		"upload":   host.Upload(ctx, "/root/x", strings.NewReader("x"), nil),
+		"download": host.Download(ctx, "/etc/passwd", io.Discard, nil),
+	} {
+		assert.ErrorIs(t, err, transport.ErrUnauthorized, what)
+		assert.ErrorContains(t, err, "project", what)
+	}
+}
+
 // TestEnrollOnIncus: a token of Incus's is the operation that waits for its use, as the incus command prints it.
 func TestEnrollOnIncus(t *testing.T) {
 	servers, instance := reallxd.Incus(t)

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"strings"
 	"testing"
 
 	lxd "github.com/canonical/lxd/client"
@@ -63,10 +64,19 @@ func (m Member) Stop(t testing.TB) { t.Helper(); m.script(t, "stop") }
 // Start starts the member's daemon after Kill, or lets it go on after Stop, and returns when it is ready. It needs another running one.
 func (m Member) Start(t testing.TB) { t.Helper(); m.script(t, "start") }
 
-func (m Member) script(t testing.TB, verb string) {
+// StartAll starts several members, which may be a majority together only.
+func StartAll(t testing.TB, members ...Member) { t.Helper(); script(t, "start", members...) }
+
+func (m Member) script(t testing.TB, verb string) { t.Helper(); script(t, verb, m) }
+
+func script(t testing.TB, verb string, members ...Member) {
 	t.Helper()
+	args := []string{verb}
+	for _, m := range members {
+		args = append(args, fmt.Sprint(m.Number))
+	}
 	// not the test's context: members are started again by t.Cleanup, after its end
-	if out, err := exec.Command(os.Getenv("TRANSPORT_CLUSTER_SCRIPT"), verb, fmt.Sprint(m.Number)).CombinedOutput(); err != nil {
-		t.Fatalf("scripts/cluster %s %d: %v\n%s", verb, m.Number, err, out)
+	if out, err := exec.Command(os.Getenv("TRANSPORT_CLUSTER_SCRIPT"), args...).CombinedOutput(); err != nil {
+		t.Fatalf("scripts/cluster %s: %v\n%s", strings.Join(args, " "), err, out)
 	}
 }
