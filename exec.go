@@ -42,6 +42,10 @@ const (
 	// connectPatience is how long sockets take to connect before the operation is watched meanwhile.
 	connectPatience = time.Second
 
+	// connectGrace is how long after the command's end the answers to its sockets' requests may still come: the output is in them. LXD
+	// has to be asked for the status again within forgetAfter.
+	connectGrace = 3 * time.Second
+
 	// maxTail is the most output that is taken after the command's end once WaitDelay has passed: more than pipes and sockets
 	// hold, so that what comes after it is from a process that the command left behind.
 	maxTail = 16 << 20
@@ -347,7 +351,11 @@ func (e *execution) connect(secrets map[string]string) error {
 	watched := make(chan fate, 1)
 	watch := time.AfterFunc(connectPatience, func() {
 		f := e.t.waitOperation(ctx, e.id, ctx)
-		if f.err == nil {
+		switch {
+		case f.exited: // then all sockets are connected as the server sees it, and its answers are under way
+			pause(ctx, connectGrace)
+			cancel()
+		case f.err == nil:
 			cancel()
 		}
 		watched <- f
