@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -18,6 +19,9 @@ import (
 
 	"github.com/lxdtransport/transport/internal/clientconfig"
 )
+
+// ErrNoServer: no LXD or Incus listens at a unix socket, or there is no such socket.
+var ErrNoServer = errors.New("no server")
 
 // DialLXD returns a transport into an instance of a server that it finds as the lxc command does:
 //
@@ -33,16 +37,38 @@ import (
 // Nothing is sent before that was checked.
 //
 // DialLXD asks the server who it is, and whether it trusts us; ctx bounds that only. The errors match [ErrUnauthorized] where it does not.
-// That the instance is missing shows at the first use.
+// They match [ErrNoServer] where this machine has no daemon. That the instance is missing shows at the first use.
 func DialLXD(ctx context.Context, remote, instance string, opts *LXDOptions) (*LXD, error) {
-	if opts == nil {
-		opts = new(LXDOptions)
-	}
-	t, err := dial(ctx, remote, instance, *opts)
-	if err != nil {
+	fail := func(err error) (*LXD, error) {
 		return nil, fmt.Errorf("transport: LXD instance %q on remote %q: %w", instance, remote, err)
 	}
+	if err := checkInstance(instance); err != nil {
+		return fail(err)
+	}
+	server, found, err := dial(ctx, remote, opts)
+	if err != nil {
+		return fail(err)
+	}
+	t, err := newLXD(server, instance, found)
+	if err != nil {
+		return fail(err)
+	}
 	return t, nil
+}
+
+// ConnectLXD returns a connection of the official client's to the server that [DialLXD] would find, for what is not the business of
+// a transport, such as making instances. The server was found, its certificate is compared and it was asked whether it trusts us
+// in the same way, with the same errors. The connection uses the project of opts, or that of the remote; [NewLXD] takes it, but knows the
+// other members of a cluster only if it is told. Its own requests are not bound by ctx; Disconnect ends them.
+func ConnectLXD(ctx context.Context, remote string, opts *LXDOptions) (lxd.InstanceServer, error) {
+	server, found, err := dial(ctx, remote, opts)
+	if err != nil {
+		return nil, fmt.Errorf("transport: LXD on remote %q: %w", remote, err)
+	}
+	if found.Project != "" {
+		server = server.UseProject(found.Project)
+	}
+	return server, nil
 }
 
 // DialInstance is [DialLXD] with a name as people give it to lxc: "instance", on the default remote of lxc's configuration, or
@@ -58,14 +84,30 @@ func DialInstance(ctx context.Context, name string, opts *LXDOptions) (*LXD, err
 	return DialLXD(ctx, r.Name, name, opts)
 }
 
-func dial(ctx context.Context, remote, instance string, opts LXDOptions) (*LXD, error) {
+// dial returns a connection to a server that trusts us, and the options with what was found out.
+func dial(ctx context.Context, remote string, given *LXDOptions) (lxd.InstanceServer, *LXDOptions, error) {
+	opts := new(LXDOptions)
+	if given != nil {
+		*opts = *given
+	}
+	if err := opts.check(); err != nil {
+		return nil, nil, err
+	}
+	server, err := dialRemote(ctx, remote, opts)
+	if err != nil {
+		return nil, nil, err
+	}
+	return server, opts, nil
+}
+
+func dialRemote(ctx context.Context, remote string, opts *LXDOptions) (lxd.InstanceServer, error) {
 	switch {
 	case remote == "" || remote == "local":
-		return dialLocal(ctx, instance, opts)
+		return dialLocal(ctx, opts)
 	case strings.HasPrefix(remote, "unix:"):
-		return dialUnix(ctx, remote, instance, opts)
+		return dialUnix(ctx, remote, opts)
 	case strings.HasPrefix(remote, "https://"):
-		return dialHTTPS(ctx, &clientconfig.Remote{Addr: remote}, instance, opts)
+		return dialHTTPS(ctx, &clientconfig.Remote{Addr: remote}, opts)
 	case strings.Contains(remote, "://"):
 		return nil, errors.New("the address has to begin with https:// or unix://")
 	}
@@ -77,18 +119,18 @@ func dial(ctx context.Context, remote, instance string, opts LXDOptions) (*LXD, 
 		opts.Project = r.Project
 	}
 	if strings.HasPrefix(r.Addr, "unix:") {
-		return dialUnix(ctx, r.Addr, instance, opts)
+		return dialUnix(ctx, r.Addr, opts)
 	}
-	return dialHTTPS(ctx, r, instance, opts)
+	return dialHTTPS(ctx, r, opts)
 }
 
 // dialUnix dials unix:///path, or what else lxc writes for the local daemon.
-func dialUnix(ctx context.Context, addr, instance string, opts LXDOptions) (*LXD, error) {
+func dialUnix(ctx context.Context, addr string, opts *LXDOptions) (lxd.InstanceServer, error) {
 	path := strings.TrimPrefix(strings.TrimPrefix(addr, "unix:"), "//")
 	if path == "" {
-		return dialLocal(ctx, instance, opts)
+		return dialLocal(ctx, opts)
 	}
-	return dialSocket(ctx, path, instance, opts)
+	return dialSocket(ctx, path, opts)
 }
 
 // sockets are where the local daemon may listen. certain says that it is there or nowhere.
@@ -112,34 +154,34 @@ func sockets() (paths []string, certain bool) {
 }
 
 // dialLocal takes the first socket at which a daemon answers that lets us in.
-func dialLocal(ctx context.Context, instance string, opts LXDOptions) (*LXD, error) {
+func dialLocal(ctx context.Context, opts *LXDOptions) (lxd.InstanceServer, error) {
 	paths, certain := sockets()
 	var errs []error
 	for _, path := range paths {
 		if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) && !certain {
 			continue
 		}
-		t, err := dialSocket(ctx, path, instance, opts)
+		server, err := dialSocket(ctx, path, opts)
 		if err == nil || certain || !errors.Is(err, ErrUnauthorized) && !errors.Is(err, syscall.ECONNREFUSED) {
-			return t, err
+			return server, err
 		}
 		errs = append(errs, err)
 	}
 	if errs == nil {
-		return nil, fmt.Errorf("there is no LXD or Incus on this machine: none of %s exists, and neither LXD_SOCKET nor LXD_DIR names another place", strings.Join(paths, ", "))
+		return nil, noServer(fmt.Errorf("there is no LXD or Incus on this machine: none of %s exists, and neither LXD_SOCKET nor LXD_DIR names another place", strings.Join(paths, ", ")))
 	}
 	return nil, errors.Join(errs...)
 }
 
-func dialSocket(ctx context.Context, path, instance string, opts LXDOptions) (*LXD, error) {
+func dialSocket(ctx context.Context, path string, opts *LXDOptions) (lxd.InstanceServer, error) {
 	server, err := lxd.ConnectLXDUnixWithContext(context.WithoutCancel(ctx), path, &lxd.ConnectionArgs{SkipGetServer: true})
 	if err != nil {
 		return nil, err
 	}
-	return greet(ctx, server, instance, opts)
+	return greet(ctx, server, opts)
 }
 
-func dialHTTPS(ctx context.Context, r *clientconfig.Remote, instance string, opts LXDOptions) (*LXD, error) {
+func dialHTTPS(ctx context.Context, r *clientconfig.Remote, opts *LXDOptions) (lxd.InstanceServer, error) {
 	u, err := url.Parse(r.Addr)
 	if err != nil || u.Host == "" || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" {
 		return nil, fmt.Errorf("%q is not an address of the form https://host:port", r.Addr)
@@ -187,7 +229,7 @@ func dialHTTPS(ctx context.Context, r *clientconfig.Remote, instance string, opt
 	}
 	own.DialTLSContext = nil // it would try once more, with another name
 	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
-	return greet(ctx, server, instance, opts)
+	return greet(ctx, server, opts)
 }
 
 // serverInfo is what we need of GET /1.0.
@@ -214,42 +256,34 @@ func (i *serverInfo) product() string {
 	return quoted(i.Environment.Server + " " + i.Environment.ServerVersion)
 }
 
-// greet makes the transport and asks the server who it is.
-func greet(ctx context.Context, server lxd.InstanceServer, instance string, opts LXDOptions) (*LXD, error) {
-	t, err := newLXD(server, instance, &opts)
+// greet asks the server who it is, and whether it trusts us. Of a cluster it notes the members.
+func greet(ctx context.Context, server lxd.InstanceServer, opts *LXDOptions) (lxd.InstanceServer, error) {
+	r, err := newRESTClient(server, opts)
 	if err != nil {
 		return nil, err
 	}
-	err = t.greet(ctx, &opts)
-	if err != nil {
-		t.Close()
-		return nil, err
-	}
-	return t, nil
-}
-
-func (t *LXD) greet(ctx context.Context, opts *LXDOptions) error {
+	defer r.http.CloseIdleConnections()
 	ctx, cancel := within(ctx, connectTimeout)
 	defer cancel()
 	var info serverInfo
-	if err := t.rest.call(ctx, http.MethodGet, "/1.0", nil, nil, &info); err != nil {
-		return t.explain(ctx, err)
+	if err := r.call(ctx, http.MethodGet, "/1.0", nil, nil, &info); err != nil {
+		return nil, refusal(err)
 	}
 	if info.Auth != "trusted" {
-		return fmt.Errorf("%s at %s does not trust us: %w (`lxc config trust add` there, `lxc remote add` with a token here, or Enroll)", info.product(), t.rest.where(), ErrUnauthorized)
+		return nil, fmt.Errorf("%s at %s does not trust us: %w (`lxc config trust add` there, `lxc remote add` with a token here, or Enroll)", info.product(), r.where(), ErrUnauthorized)
 	}
-	if info.Environment.Clustered && strings.HasPrefix(t.rest.base, "https:") {
-		t.rest.members(t.clusterAddresses(ctx))
+	if info.Environment.Clustered && strings.HasPrefix(r.base, "https:") {
+		opts.ClusterAddresses = append(slices.Clip(opts.ClusterAddresses), r.clusterAddresses(ctx)...)
 	}
-	return nil
+	return server, nil
 }
 
 // clusterAddresses asks a cluster for its members. Restricted identities may not know: then there are none but the one that answers.
-func (t *LXD) clusterAddresses(ctx context.Context) []string {
+func (r *restClient) clusterAddresses(ctx context.Context) []string {
 	var members []struct {
 		URL string `json:"url"`
 	}
-	if t.rest.call(ctx, http.MethodGet, "/1.0/cluster/members", url.Values{"recursion": {"1"}}, nil, &members) != nil {
+	if r.call(ctx, http.MethodGet, "/1.0/cluster/members", url.Values{"recursion": {"1"}}, nil, &members) != nil {
 		return nil
 	}
 	var hosts []string

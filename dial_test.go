@@ -13,6 +13,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"io"
+	"io/fs"
 	"log"
 	"math/big"
 	"net"
@@ -76,6 +77,7 @@ func TestDialLocal(t *testing.T) {
 	if _, err := os.Stat("/var/lib/lxd/unix.socket"); err != nil {
 		_, err := transport.DialLXD(ctx, "", "c1", nil)
 		if err != nil { // there may be another local server after all
+			assert.ErrorIs(t, err, transport.ErrNoServer)
 			assert.ErrorContains(t, err, "/var/snap/lxd/common/lxd/unix.socket")
 		}
 	}
@@ -87,6 +89,8 @@ func TestDialLocal(t *testing.T) {
 	t.Setenv("LXD_DIR", home)
 	_, err = transport.DialLXD(ctx, "local", "c1", nil)
 	assert.ErrorContains(t, err, filepath.Join(home, "unix.socket"), "what is named is there or nowhere")
+	assert.ErrorIs(t, err, transport.ErrNoServer)
+	assert.NotErrorIs(t, err, fs.ErrNotExist, "that is about files in the instance")
 	t.Setenv("LXD_DIR", "")
 	for _, name := range []string{"INCUS_SOCKET", "LXD_SOCKET"} {
 		t.Setenv(name, s.Socket)
@@ -121,6 +125,15 @@ func TestDialRemote(t *testing.T) {
 			works(t, host, err)
 			host, err = transport.DialInstance(ctx, "c1", nil) // the default remote
 			works(t, host, err)
+			server, err := transport.ConnectLXD(ctx, "fake", nil)
+			require.NoError(t, err)
+			host, err = transport.NewLXD(server, "c1", nil)
+			works(t, host, err)
+			server, err = transport.ConnectLXD(ctx, "fake", &transport.LXDOptions{Project: "other"})
+			require.NoError(t, err)
+			info, err := server.GetConnectionInfo()
+			require.NoError(t, err)
+			assert.Equal(t, "other", info.Project)
 			_, err = transport.DialLXD(ctx, "other", "c1", nil)
 			assert.ErrorContains(t, err, "config.yml")
 			assert.ErrorContains(t, err, "fake", "what there is")

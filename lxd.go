@@ -108,17 +108,14 @@ func NewLXD(server lxd.InstanceServer, instance string, opts *LXDOptions) (*LXD,
 
 func newLXD(server lxd.InstanceServer, instance string, opts *LXDOptions) (*LXD, error) {
 	fail := func(err error) (*LXD, error) { return nil, err }
-	switch {
-	case server == nil:
+	if err := checkInstance(instance); err != nil {
+		return fail(err)
+	}
+	if err := opts.check(); err != nil {
+		return fail(err)
+	}
+	if server == nil {
 		return fail(errors.New("the connection (server) is nil"))
-	case instance == "":
-		return fail(errors.New("the instance's name is empty"))
-	case strings.ContainsAny(instance, "/?#\x00"), instance == ".", instance == "..":
-		return fail(errors.New("that is no instance's name; commands run in instances, not in snapshots"))
-	case opts.Liveness != 0 && opts.Liveness < minLiveness:
-		return fail(fmt.Errorf("LXDOptions.Liveness is %v, less than %v", opts.Liveness, minLiveness))
-	case opts.MaxExecs < 0:
-		return fail(fmt.Errorf("LXDOptions.MaxExecs is negative: %d", opts.MaxExecs))
 	}
 	rest, err := newRESTClient(server, opts)
 	if err != nil {
@@ -135,6 +132,26 @@ func newLXD(server lxd.InstanceServer, instance string, opts *LXDOptions) (*LXD,
 	t.reaper.run = t.runReaper
 	t.closing, t.close = context.WithCancelCause(context.Background())
 	return t, nil
+}
+
+func checkInstance(name string) error {
+	switch {
+	case name == "":
+		return errors.New("the instance's name is empty")
+	case strings.ContainsAny(name, "/?#\x00"), name == ".", name == "..":
+		return errors.New("that is no instance's name; commands run in instances, not in snapshots")
+	}
+	return nil
+}
+
+func (o *LXDOptions) check() error {
+	switch {
+	case o.Liveness != 0 && o.Liveness < minLiveness:
+		return fmt.Errorf("LXDOptions.Liveness is %v, less than %v", o.Liveness, minLiveness)
+	case o.MaxExecs < 0:
+		return fmt.Errorf("LXDOptions.MaxExecs is negative: %d", o.MaxExecs)
+	}
+	return nil
 }
 
 // Close ends running commands as if their contexts had ended, stops transfers, waits for all of them and

@@ -127,13 +127,6 @@ func newRESTClient(server lxd.InstanceServer, opts *LXDOptions) (*restClient, er
 	return r, nil
 }
 
-// members makes more ways into the server's cluster known.
-func (r *restClient) members(hosts []string) {
-	if r.cluster != nil {
-		r.cluster.add(hosts)
-	}
-}
-
 // stale takes note that an answer did not come. If that is because of the member of the cluster that was asked, the next question goes to another.
 func (r *restClient) stale() {
 	r.http.CloseIdleConnections() // they may be as dead
@@ -416,11 +409,11 @@ func (r *restClient) explainDial(err error) error {
 	switch {
 	case unix && errors.Is(err, fs.ErrNotExist):
 		// Not wrapped, nor is the next: fs.ErrNotExist and fs.ErrPermission are about files in the instance.
-		return fmt.Errorf("no LXD at %s: there is no such socket. LXD's is in $LXD_SOCKET or $LXD_DIR, or at /var/snap/lxd/common/lxd/unix.socket (snap) or /var/lib/lxd/unix.socket (package): %v", where, err)
+		return noServer(fmt.Errorf("no LXD at %s: there is no such socket. LXD's is in $LXD_SOCKET or $LXD_DIR, or at /var/snap/lxd/common/lxd/unix.socket (snap) or /var/lib/lxd/unix.socket (package): %v", where, err))
 	case unix && errors.Is(err, fs.ErrPermission):
 		return fmt.Errorf("may not open LXD's socket %s: its group (commonly lxd) and root may: %w: %v", where, ErrUnauthorized, err)
 	case unix && errors.Is(err, syscall.ECONNREFUSED):
-		return fmt.Errorf("no LXD at %s: the socket is there, but no daemon listens on it: %w", where, err)
+		return noServer(fmt.Errorf("no LXD at %s: the socket is there, but no daemon listens on it: %w", where, err))
 	case strings.Contains(err.Error(), "x509: "):
 		return fmt.Errorf("the certificate of %s is refused: %w", where, err)
 	case strings.Contains(err.Error(), "remote error: tls: "):
@@ -428,6 +421,9 @@ func (r *restClient) explainDial(err error) error {
 	}
 	return fmt.Errorf("no answer from %s: %w", where, err)
 }
+
+// noServer makes an error match [ErrNoServer].
+func noServer(err error) error { return &causes{text: err.Error(), errs: []error{ErrNoServer, err}} }
 
 // explain makes an *apiError of a request that concerns the instance into one of the errors of the contract, asking the server what is the
 // matter with the instance where the status alone does not tell.
@@ -441,7 +437,7 @@ func (t *LXD) explain(ctx context.Context, err error) error {
 	}
 	switch e.code {
 	case http.StatusUnauthorized, http.StatusForbidden:
-		return wrap(ErrUnauthorized, "LXD does not allow it (a client certificate is allowed by `lxc config trust add`, perhaps for some projects only)")
+		return refusal(err)
 	case http.StatusNotFound, http.StatusBadRequest, http.StatusInternalServerError:
 	default:
 		return err
@@ -457,6 +453,17 @@ func (t *LXD) explain(ctx context.Context, err error) error {
 		return wrap(ErrNotRunning, "instance %q is not running but %s", t.instance, strings.ToLower(quoted(status)))
 	}
 	return err
+}
+
+// refusal makes an *apiError that says that we may not do what was asked match [ErrUnauthorized].
+func refusal(err error) error {
+	if e, ok := errors.AsType[*apiError](err); !ok || e.code != http.StatusUnauthorized && e.code != http.StatusForbidden {
+		return err
+	}
+	return &causes{
+		text: "LXD does not allow it (a client certificate is allowed by `lxc config trust add`, perhaps for some projects only): " + err.Error(),
+		errs: []error{ErrUnauthorized, err},
+	}
 }
 
 // status asks for the instance's status: Running, Stopped, Frozen or Error.

@@ -446,27 +446,7 @@ test:x:1000:1000:test:/home/test:/bin/sh
 FILE
   printf '%s\n' root:x:0: nogroup:x:65534: test:x:1000: >"$r/etc/group"
   printf '127.0.0.1 localhost\n' >"$r/etc/hosts"
-  printf '%s\n' '::sysinit:/bin/sh /etc/init.d/rcS' '::shutdown:/bin/true' >"$r/etc/inittab"
-  cat >"$r/etc/init.d/rcS" <<'FILE'
-ifconfig lo 127.0.0.1 up
-if [ -e /sys/class/net/eth0 ]; then
-	ifconfig eth0 up
-	udhcpc -i eth0 -b -s /etc/init.d/address >/dev/null 2>&1
-fi
-exit 0
-FILE
-  cat >"$r/etc/init.d/address" <<'FILE'
-#!/bin/sh
-case $1 in bound|renew)
-	ifconfig "$interface" "$ip" netmask "$subnet" up
-	if [ -n "$router" ]; then
-		route del default 2>/dev/null
-		route add default gw "$router"
-	fi
-	for n in $dns; do echo "nameserver $n"; done >/etc/resolv.conf
-esac
-FILE
-  chmod 755 "$r/etc/init.d/address"
+  printf '%s\n' '::sysinit:/bin/ifconfig lo 127.0.0.1 up' '::shutdown:/bin/true' >"$r/etc/inittab"
   printf '%s\n' "architecture: $(uname -m)" 'creation_date: 1700000000' 'properties:' \
     '  description: busybox' '  os: busybox' '  release: test' >"$d/metadata.yaml"
   tar -C "$d" --sort=name --mtime=@1700000000 --numeric-owner --format=gnu -c metadata.yaml rootfs |

@@ -49,6 +49,7 @@ type settings struct {
 	file, remote, project, image, os, kind, dir, artifacts, key string
 	keep, json, times, reap                                     bool
 	timeout                                                     time.Duration
+	profiles                                                    []string
 	secrets                                                     map[string]string
 	context                                                     map[string]string
 }
@@ -97,9 +98,13 @@ func parseFlags(args []string, stderr io.Writer) (*settings, error) {
 	s := &settings{secrets: map[string]string{}, context: map[string]string{}}
 	f := flag.NewFlagSet("lxdjob", flag.ContinueOnError)
 	f.SetOutput(stderr)
-	f.StringVar(&s.remote, "remote", "", "LXD `server`: a remote of the lxc client, unix:///path or https://host; none: this machine's")
+	f.StringVar(&s.remote, "remote", "", "LXD `server`: a remote of the lxc or incus client, unix:///path or https://host:port; none: this machine's")
 	f.StringVar(&s.project, "project", "", "LXD project; none: the remote's")
 	f.StringVar(&s.image, "image", "", "`alias` or fingerprint of the image; none: the one for the job's os")
+	f.Func("profile", "`name` of a profile that the host has; may be repeated; none: default", func(name string) error {
+		s.profiles = append(s.profiles, name)
+		return nil
+	})
 	f.StringVar(&s.os, "os", "debian_12", "operating system of a job that names none")
 	f.StringVar(&s.kind, "type", "container", "container or virtual-machine")
 	f.StringVar(&s.dir, "dir", ".", "`directory` that the action upload copies from")
@@ -189,7 +194,7 @@ func (s *settings) run(ctx context.Context, stdout, stderr io.Writer) (int, erro
 		ctx, cancel = context.WithTimeoutCause(ctx, s.timeout, fmt.Errorf("it took longer than %v", s.timeout))
 		defer cancel()
 	}
-	p, err := s.find(stderr)
+	p, err := s.find(ctx, stderr)
 	if err != nil {
 		return exitNoVerdict, err
 	}
@@ -293,7 +298,7 @@ func (s *settings) openArtifacts(j *job.Job) (*os.Root, func(), error) {
 
 // removeLeft removes the hosts of runs that were killed.
 func (s *settings) removeLeft(ctx context.Context, stdout io.Writer) (int, error) {
-	p, err := s.connect()
+	p, err := s.connect(ctx)
 	if err != nil {
 		return exitNoVerdict, err
 	}

@@ -5,15 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"net/url"
-	"os"
-	"path/filepath"
-	"strings"
-	"syscall"
 
 	lxd "github.com/canonical/lxd/client"
-	"go.yaml.in/yaml/v3"
 
 	"github.com/lxdtransport/transport"
 	"github.com/lxdtransport/transport/builder"
@@ -31,30 +24,22 @@ type place struct {
 }
 
 // find connects to the server that the flags name. Without one in the flags and on this machine it starts a fake one, and says so.
-func (s *settings) find(stderr io.Writer) (*place, error) {
-	p, err := s.connect()
-	if err == nil || s.remote != "" || !missing(err) {
+func (s *settings) find(ctx context.Context, stderr io.Writer) (*place, error) {
+	p, err := s.connect(ctx)
+	if err == nil || s.remote != "" || !errors.Is(err, transport.ErrNoServer) || errors.Is(err, transport.ErrUnauthorized) {
 		return p, err
 	}
 	fmt.Fprintln(stderr, "lxdjob: no LXD server on this machine: running on a fake one, with this machine's commands, without isolation, and installing no packages")
 	return s.fake()
 }
 
-// missing reports whether there is no server, and not one that this user may not use.
-func missing(err error) bool {
-	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED)
-}
-
 // connect connects to a real server.
-func (s *settings) connect() (*place, error) {
-	server, err := dial(s.remote)
+func (s *settings) connect(ctx context.Context) (*place, error) {
+	server, err := transport.ConnectLXD(ctx, s.remote, &transport.LXDOptions{Project: s.project})
 	if err != nil {
 		return nil, err
 	}
-	if s.project != "" {
-		server = server.UseProject(s.project)
-	}
-	return newPlace(server, &lxdbuilder.Options{Prefix: "job"}, newProvisioner, server.Disconnect)
+	return newPlace(server, &lxdbuilder.Options{Prefix: "job", Profiles: s.profiles}, newProvisioner, server.Disconnect)
 }
 
 // fake starts a server whose instances' commands are those of this machine.
@@ -102,82 +87,4 @@ type asItIs struct{}
 
 func (asItIs) Prepare(context.Context, transport.Transport, provisioner.Host, provisioner.Environment) error {
 	return nil
-}
-
-// dial connects to a server by the names that the lxc client has for it.
-func dial(remote string) (lxd.InstanceServer, error) {
-	switch {
-	case remote == "" || remote == "local":
-		server, err := lxd.ConnectLXDUnix("", nil) // LXD_SOCKET, LXD_DIR or the usual places
-		if err != nil {
-			return nil, fmt.Errorf("the LXD server of this machine: %w", err)
-		}
-		return server, nil
-	case strings.HasPrefix(remote, "unix:"):
-		u, err := url.Parse(remote)
-		if err != nil {
-			return nil, err
-		}
-		return lxd.ConnectLXDUnix(u.Path+u.Opaque, nil)
-	}
-	return dialRemote(remote)
-}
-
-// dialRemote connects over the network with the lxc client's certificate.
-func dialRemote(remote string) (lxd.InstanceServer, error) {
-	conf := os.Getenv("LXD_CONF")
-	if conf == "" {
-		dir, err := os.UserConfigDir()
-		if err != nil {
-			return nil, err
-		}
-		conf = filepath.Join(dir, "lxc")
-	}
-	args := &lxd.ConnectionArgs{}
-	addr, project := remote, ""
-	if !strings.HasPrefix(remote, "https://") {
-		var known struct {
-			Remotes map[string]struct{ Addr, Project string } `yaml:"remotes"`
-		}
-		data, err := os.ReadFile(filepath.Join(conf, "config.yml"))
-		if err != nil {
-			return nil, fmt.Errorf("the remote %s: %w", remote, err)
-		}
-		if err := yaml.Unmarshal(data, &known); err != nil {
-			return nil, fmt.Errorf("the remote %s: %w", remote, err)
-		}
-		r, ok := known.Remotes[remote]
-		if !ok || filepath.Base(remote) != remote {
-			return nil, fmt.Errorf("the lxc client knows no remote %q", remote)
-		}
-		if addr, project = r.Addr, r.Project; strings.HasPrefix(addr, "unix:") {
-			return dial(addr)
-		}
-		if args.TLSServerCert, err = optional(filepath.Join(conf, "servercerts", remote+".crt")); err != nil {
-			return nil, err
-		}
-	}
-	for file, to := range map[string]*string{"client.crt": &args.TLSClientCert, "client.key": &args.TLSClientKey} {
-		var err error
-		if *to, err = optional(filepath.Join(conf, file)); err != nil {
-			return nil, err
-		}
-	}
-	server, err := lxd.ConnectLXD(addr, args)
-	if err != nil {
-		return nil, fmt.Errorf("the remote %s: %w", remote, err)
-	}
-	if project != "" {
-		return server.UseProject(project), nil
-	}
-	return server, nil
-}
-
-// optional is the content of a file that need not be there.
-func optional(name string) (string, error) {
-	data, err := os.ReadFile(name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return "", nil
-	}
-	return string(data), err
 }
