@@ -16,7 +16,8 @@ import (
 // Spec is what a build host is to be. The zero value of a field leaves the matter to the builder. A builder refuses what it
 // does not understand or cannot give.
 type Spec struct {
-	// OS is an operating system and its version as Cyclid's job files write them, such as "debian_12" or "ubuntu_24.04".
+	// OS is an operating system and its version as Cyclid's job files write them, such as "debian_12", "ubuntu_24.04" or
+	// "ubuntu_24_04", or its code name, as in "debian_bookworm".
 	OS string
 
 	// Image is the image that the host is made from, in the builder's own terms: for LXD an alias, a fingerprint or the
@@ -39,7 +40,7 @@ type Spec struct {
 	Project, Target string
 
 	// Labels are recorded on the host, for people and for other programs. Names consist of letters, digits,
-	// '.', '_' and '-'.
+	// '.', '_' and '-'. The label "run" says what the host is for.
 	Labels map[string]string
 
 	// TTL is how long the host is needed at most. After that it may be removed even though nobody has released it. 0

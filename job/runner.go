@@ -25,7 +25,7 @@ type Runner struct {
 	// Builder makes the host and releases it.
 	Builder builder.Builder
 
-	// Spec is what the host is to be. Its OS is the job's, if that has one.
+	// Spec is what the host is to be. Its OS is the job's, if that has one, and its label "run" is ID, unless it has one.
 	Spec builder.Spec
 
 	// Dial connects a transport to the host. The Runner closes it.
@@ -258,6 +258,13 @@ func (r *run) all(res *Result) (err error) {
 	spec := r.Spec
 	if r.job.Environment.OS != "" {
 		spec.OS = r.job.Environment.OS
+	}
+	if spec.Labels["run"] == "" {
+		spec.Labels = maps.Clone(spec.Labels)
+		if spec.Labels == nil {
+			spec.Labels = map[string]string{}
+		}
+		spec.Labels["run"] = r.id
 	}
 	r.log("Obtaining a build host\n")
 	h, err := r.Builder.Get(ctx, spec)

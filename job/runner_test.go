@@ -433,9 +433,11 @@ func TestPrepare(t *testing.T) {
 	t.Parallel()
 	j := parse(t, "environment: {os: debian_12, packages: [gcc, make]}\n"+simple("- stage: a"))
 	p := &prepared{}
-	o := runJob(t, t.Context(), j, Runner{Provisioner: p, Spec: builder.Spec{OS: "alpine", Image: "mine", Project: "ci"}})
+	labels := map[string]string{"team": "x"}
+	o := runJob(t, t.Context(), j, Runner{Provisioner: p, ID: "42", Spec: builder.Spec{OS: "alpine", Image: "mine", Project: "ci", Labels: labels}})
 	require.NoError(t, o.err)
-	require.Equal(t, builder.Spec{OS: "debian_12", Image: "mine", Project: "ci"}, o.hosts.spec)
+	require.Equal(t, builder.Spec{OS: "debian_12", Image: "mine", Project: "ci", Labels: map[string]string{"team": "x", "run": "42"}}, o.hosts.spec)
+	require.Len(t, labels, 1, "it is not modified")
 	require.Equal(t, provisioner.Host{Name: "h1", OS: "debian_12"}, p.host)
 	require.Equal(t, []string{"gcc", "make"}, p.env.Packages)
 	require.Equal(t, "gcc make", o.Context["packages"])

@@ -38,20 +38,56 @@ var codenames = map[string]string{
 	"ubuntu_16.04": "xenial", "ubuntu_18.04": "bionic", "ubuntu_20.04": "focal", "ubuntu_22.04": "jammy", "ubuntu_24.04": "noble",
 }
 
-// spellings are the aliases under which the image of an operating system is looked for.
-func spellings(os string) []string {
+// dotted writes the version of an operating system with dots, which Cyclid's documentation writes with underscores: ubuntu_14_04.
+func dotted(os string) string {
 	name, version, ok := strings.Cut(os, "_")
 	if !ok {
-		return []string{os}
+		return os
 	}
-	all := []string{os, name + "/" + version, name + "-" + version, name + version}
+	return name + "_" + strings.ReplaceAll(version, "_", ".")
+}
+
+// spellings are the aliases under which the image of an operating system is looked for.
+func spellings(os string) []string {
+	all := []string{os}
+	add := func(aliases ...string) {
+		for _, a := range aliases {
+			if !slices.Contains(all, a) {
+				all = append(all, a)
+			}
+		}
+	}
+	os = dotted(os)
+	name, version, ok := strings.Cut(os, "_")
+	if !ok {
+		return all
+	}
+	add(os, name+"/"+version, name+"-"+version, name+version)
 	if code := codenames[os]; code != "" {
-		all = append(all, name+"/"+code, name+"-"+code, code)
+		add(name+"/"+code, name+"-"+code, code)
+	}
+	for numbered, code := range codenames {
+		if number, ok := strings.CutPrefix(numbered, name+"_"); ok && code == version {
+			add(code, numbered, name+"/"+number, name+"-"+number, name+number)
+		}
 	}
 	return all
 }
 
-var validOS = regexp.MustCompile(`^[a-z][a-z0-9.-]*(_[A-Za-z0-9.-]+)?$`)
+var validOS = regexp.MustCompile(`^[a-z][a-z0-9.-]*(_[A-Za-z0-9._-]+)?$`)
+
+// imageOf is what Options.Images says of an operating system, "" if nothing.
+func (b *Builder) imageOf(os string) string {
+	if image, ok := b.opts.Images[os]; ok {
+		return image
+	}
+	for other, image := range b.opts.Images {
+		if dotted(other) == dotted(os) {
+			return image
+		}
+	}
+	return ""
+}
 
 // sources are the images that a host may be made from, in the order of trying.
 func (b *Builder) sources(ctx context.Context, project string, spec builder.Spec) ([]api.InstanceSource, error) {
@@ -60,7 +96,7 @@ func (b *Builder) sources(ctx context.Context, project string, spec builder.Spec
 		if spec.OS == "" {
 			return nil, errors.New("neither Spec.Image nor Spec.OS is set")
 		}
-		image = b.opts.Images[spec.OS]
+		image = b.imageOf(spec.OS)
 	}
 	if image == "" {
 		return b.sourcesOf(ctx, project, spec)
@@ -95,7 +131,7 @@ func (b *Builder) sourcesOf(ctx context.Context, project string, spec builder.Sp
 	}
 	var sources []api.InstanceSource
 	for _, server := range b.opts.ImageServers {
-		if alias := server.alias(spec.OS); alias != "" {
+		if alias := server.alias(dotted(spec.OS)); alias != "" {
 			sources = append(sources, server.source(alias))
 		}
 	}

@@ -13,13 +13,14 @@ import (
 // Labels are keys of the instance's configuration that LXD itself does not read.
 const (
 	labelPrefix = "user.transport."
+	runKey      = labelPrefix + "run"
 	ownerKey    = labelPrefix + "owner"
 	expiryKey   = labelPrefix + "expiry" // RFC 3339, UTC
 	poolKey     = labelPrefix + "pool"   // "template" or "warm"
 	osKey       = labelPrefix + "os"
 )
 
-// reserved are the names of labels that are ours. "run" is for Spec.Labels.
+// reserved are the names of labels that are ours.
 var reserved = map[string]bool{"owner": true, "expiry": true, "pool": true, "os": true}
 
 var validLabel = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]*$`)
@@ -28,7 +29,7 @@ const maxLabel = 4 << 10
 
 // labels are the configuration keys by which a host is known.
 func (b *Builder) labels(spec builder.Spec) (map[string]string, error) {
-	labels := map[string]string{ownerKey: b.owner, expiryKey: b.expiry(spec.TTL)}
+	labels := map[string]string{ownerKey: b.owner, runKey: random(), expiryKey: b.expiry(spec.TTL)}
 	if spec.OS != "" {
 		labels[osKey] = spec.OS
 	}

@@ -10,7 +10,7 @@
 //	}
 //	defer func() { err = errors.Join(err, hosts.Release(context.WithoutCancel(ctx), host)) }()
 //
-// Every instance carries labels: whose it is and when it may be removed. [Builder.Reap] removes those whose time has come, and those whose
+// Every instance carries labels: whose it is (owner), what run it is for (run: a random one, unless Spec.Labels says), and when it may be removed (expiry). [Builder.Reap] removes those whose time has come, and those whose
 // process on this machine has ended without a release. [Pool] keeps hosts ready.
 package lxd
 
@@ -161,10 +161,11 @@ const (
 )
 
 func newName(prefix string) string {
-	random := strings.ToLower(rand.Text()[:randomPart])
 	prefix = strings.TrimRight(prefix[:min(len(prefix), maxName-1-randomPart)], "-")
-	return prefix + "-" + random
+	return prefix + "-" + random()
 }
+
+func random() string { return strings.ToLower(rand.Text()[:randomPart]) }
 
 // Get makes an instance, starts it, and returns it when it has reached Options.Ready. Until then it is waited for Options.ReadyTimeout at most;
 // after that the error is a [*NotReadyError], which tells how far it came. On every error, the end of ctx included, Get

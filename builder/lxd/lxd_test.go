@@ -139,6 +139,12 @@ func TestGetAndRelease(t *testing.T) {
 		assert.Equal(t, v, i.Config[k], k)
 	}
 	assert.NotEmpty(t, i.Config["user.transport.owner"])
+	other, err := b.Get(t.Context(), builder.Spec{Image: "busybox"})
+	require.NoError(t, err)
+	for _, i := range instances(t, s) {
+		assert.NotEmpty(t, i.Config["user.transport.run"], "every host is of a run")
+	}
+	require.NoError(t, b.Release(t.Context(), other))
 	expiry, err := time.Parse(time.RFC3339, i.Config["user.transport.expiry"])
 	require.NoError(t, err)
 	assert.WithinDuration(t, time.Now().Add(time.Hour), expiry, time.Minute)
@@ -237,6 +243,12 @@ func TestImages(t *testing.T) {
 	require.Len(t, sources, 1)
 	require.Error(t, get(nil, builder.Spec{Image: "images:alpine/3.20"}))
 	require.Equal(t, "alpine/3.20", sources[0].Alias)
+
+	require.Error(t, get(nil, builder.Spec{OS: "ubuntu_14_04"}), "as Cyclid's documentation writes it")
+	require.Equal(t, []string{"14.04", "ubuntu/14.04"}, []string{sources[0].Alias, sources[1].Alias})
+	require.NoError(t, get(one, builder.Spec{OS: "debian_bookworm"}), "it is debian/12")
+	require.NoError(t, get(&lxdbuilder.Options{Images: map[string]string{"ubuntu_24.04": "busybox"}}, builder.Spec{OS: "ubuntu_24_04"}))
+	require.Equal(t, busybox, sources[0].Fingerprint)
 
 	require.ErrorContains(t, get(one, builder.Spec{OS: "fedora_42"}), "fedora/42")
 	require.ErrorContains(t, get(one, builder.Spec{Image: "nonsense"}), `"nonsense"`)
