@@ -311,7 +311,7 @@ func (p *parser) job(root *yaml.Node, predefined []*Stage) *Job {
 const defaultVersion = "1.0.0"
 
 func (p *parser) hostEnvironment(n *yaml.Node) (env provisioner.Environment) {
-	m, ok := p.mapping(n, "the environment", "os", "repos", "packages")
+	m, ok := p.mapping(n, "the environment", "os", "repos", "packages", "groups")
 	if !ok {
 		return env
 	}
@@ -321,6 +321,12 @@ func (p *parser) hostEnvironment(n *yaml.Node) (env provisioner.Environment) {
 		if name == "" || strings.HasPrefix(name, "-") || strings.ContainsAny(name, " \t\n") {
 			p.fail(at(p.follow(m.list("packages")[i])), "%q is not the name of a package", name)
 		}
+	}
+	for i, name := range m.texts("groups") {
+		if name == "" || strings.HasPrefix(name, "-") || strings.ContainsAny(name, "\t\n") {
+			p.fail(at(p.follow(m.list("groups")[i])), "%q is not the name of a group", name)
+		}
+		env.Packages = append(env.Packages, "@"+strings.TrimPrefix(name, "@"))
 	}
 	for _, n := range m.list("repos") {
 		r, ok := p.mapping(n, "a repository", "url", "distribution", "components", "key_id", "key_url", "key")

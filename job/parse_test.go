@@ -93,6 +93,7 @@ func TestParseErrors(t *testing.T) {
 		{"source url", ok + "sources: [{type: git, url: 'ext::sh -c x'}]", `the url has to begin with https://`},
 		{"source token in the clear", ok + "sources: [{type: git, url: 'http://h/x', token: t}]", `needs a url with https://`},
 		{"package", ok + "environment: {packages: [-o]}", `line 4, column 26: "-o" is not the name of a package`},
+		{"group", ok + "environment: {groups: [-o]}", `line 4, column 24: "-o" is not the name of a group`},
 		{"pattern", strings.Replace(ok, "action: log, message: m", "action: upload, from: a, path: b, exclude: '['", 1), `"[" is no pattern`},
 		{"YAML", "name: [", `line 1, column 1: did not find expected node content`},
 		{"second document", ok + "---\nname: y", `second document`},
@@ -118,6 +119,12 @@ func TestParseErrors(t *testing.T) {
 	_, err := Parse([]byte("nmae: x\nname: y\nstages: 1\n"), &ParseOptions{File: "ci.yml"})
 	require.ErrorContains(t, err, "ci.yml:1:1: unknown key")
 	require.ErrorContains(t, err, "ci.yml:3:9: ", "all mistakes at once")
+}
+
+func TestGroups(t *testing.T) {
+	t.Parallel()
+	j := parse(t, "environment: {packages: [gcc, '@web'], groups: [Development Tools, web]}\n"+stages("- stage: a", "a"))
+	require.Equal(t, []string{"gcc", "@web", "@Development Tools", "@web"}, j.Environment.Packages)
 }
 
 // stages is a file with stages of these names that do nothing.

@@ -21,8 +21,11 @@ var apkHopeless = []string{"(no such package)", "UNTRUSTED signature", "unable t
 const apkRepositories = "/etc/apk/repositories"
 
 func (a *apk) check(name string) error {
-	if strings.HasPrefix(name, "!") {
+	switch {
+	case strings.HasPrefix(name, "!"):
 		return errors.New("apk would remove it for the '!' at its beginning")
+	case strings.HasPrefix(name, "@"):
+		return errors.New("apk has no groups")
 	}
 	return nil
 }

@@ -21,8 +21,11 @@ var aptHopeless = []string{
 }
 
 func (a *apt) check(name string) error {
-	if strings.HasSuffix(name, "-") {
+	switch {
+	case strings.HasSuffix(name, "-"):
 		return errors.New("apt would remove it for the hyphen at its end")
+	case strings.HasPrefix(name, "@"):
+		return errors.New("apt has no groups")
 	}
 	return nil
 }

@@ -34,7 +34,12 @@ func (s *session) newDNF() (manager, error) {
 	return &dnf{s, strings.TrimSpace(string(out))}, nil
 }
 
-func (d *dnf) check(string) error { return nil }
+func (d *dnf) check(name string) error {
+	if strings.TrimPrefix(name, "@") != strings.TrimSpace(strings.TrimPrefix(name, "@")) {
+		return errors.New("the name of a group begins or ends with a space")
+	}
+	return nil
+}
 
 func (d *dnf) addRepository(r Repository) error {
 	l, err := locate(r.URL)

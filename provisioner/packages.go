@@ -113,7 +113,11 @@ func (s *session) prepare(os string) error {
 		return err
 	}
 	for _, name := range s.env.Packages {
-		err := checkWord(name)
+		word, group := strings.CutPrefix(name, "@")
+		if group {
+			word = strings.ReplaceAll(word, " ", "") // "Development Tools"
+		}
+		err := checkWord(word)
 		if err == nil && strings.HasPrefix(name, "-") {
 			err = errors.New("it begins with a hyphen")
 		}

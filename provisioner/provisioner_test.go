@@ -176,7 +176,7 @@ func TestUnknownSystem(t *testing.T) {
 func TestBadNames(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct{ release, name string }{
-		{bookworm, ""}, {bookworm, "-o"}, {bookworm, "a b"}, {bookworm, "a\nb"}, {bookworm, "bash-"}, {rocky, "--setopt=x"}, {alpine, "!busybox"}, {alpine, "a\tb"},
+		{bookworm, ""}, {bookworm, "-o"}, {bookworm, "a b"}, {bookworm, "a\nb"}, {bookworm, "bash-"}, {rocky, "--setopt=x"}, {rocky, "@"}, {rocky, "@a\nb"}, {rocky, "@ a"}, {bookworm, "@development"}, {alpine, "@a b"}, {alpine, "!busybox"}, {alpine, "a\tb"},
 	} {
 		h := newHost(c.release)
 		require.ErrorContains(t, prepare(t, h, nil, provisioner.Environment{Packages: []string{"good", c.name}}), "the package")
@@ -505,7 +505,7 @@ func TestDNF(t *testing.T) {
 			{URL: "https://rpm.example.com/x.repo"},
 			{URL: "https://rpm.example.com/release.rpm"},
 		},
-		Packages: []string{"gcc", "@development"},
+		Packages: []string{"gcc", "@development", "@Development Tools"},
 	}))
 	var own, foreign string
 	for name, content := range h.files {
@@ -523,7 +523,7 @@ func TestDNF(t *testing.T) {
 	base := strings.TrimSuffix(filepath.Base(own), ".repo")
 	key := "/etc/pki/rpm-gpg/RPM-GPG-KEY-" + base
 	require.Equal(t, "["+base+"]\nname=https://rpm.example.com/el9\nbaseurl=https://rpm.example.com/el9\nenabled=1\ngpgcheck=1\ngpgkey=file://"+key+"\nusername=u\npassword=pw\n", h.files[own])
-	require.Equal(t, []string{"rpm --import " + key, "dnf -y install https://rpm.example.com/release.rpm", "dnf -y install gcc @development"}, h.commands)
+	require.Equal(t, []string{"rpm --import " + key, "dnf -y install https://rpm.example.com/release.rpm", "dnf -y install gcc @development @Development Tools"}, h.commands)
 
 	old := newHost("ID=centos\nVERSION_ID=7\n")
 	old.answer = func(args []string) (string, int) {
