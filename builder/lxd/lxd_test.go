@@ -73,13 +73,20 @@ func refusal(code int, text string) *http.Response {
 	return &http.Response{StatusCode: code, Body: io.NopCloser(bytes.NewReader(b)), Header: http.Header{}}
 }
 
-// fake is a fake server whose instances run script when they are sent one, which is the argument behind "sh".
+// fake is a fake server whose instances are asked how far they have come: script says it for "init" and for "cloud-init".
 func fake(t *testing.T, script func(what string) int) (*lxdtest.Server, *server) {
 	t.Helper()
 	s := lxdtest.NewUnstartedServer()
 	s.Handler = func(p *lxdtest.Process) int {
-		if script != nil && p.Args[0] == "/bin/sh" {
-			return script(p.Args[len(p.Args)-1])
+		if script == nil || p.Args[0] != "/bin/sh" {
+			return 0
+		}
+		for _, what := range p.Args[4:] {
+			if code := script(what); code != 0 && what == "cloud-init" {
+				return code + 1
+			} else if code != 0 {
+				return code
+			}
 		}
 		return 0
 	}
@@ -328,8 +335,11 @@ func TestLevels(t *testing.T) {
 		"eth0": map[string]any{"addresses": []any{map[string]string{"family": "inet6", "address": "fe80::1", "scope": "link"}}},
 	}}
 	isState := func(req *http.Request) bool { return req.Method == "GET" && strings.HasSuffix(req.URL.Path, "/state") }
+	isInstance := func(req *http.Request) bool {
+		return req.Method == "GET" && strings.HasPrefix(req.URL.Path, "/1.0/instances/build-") && strings.Count(req.URL.Path, "/") == 3
+	}
 	withNIC := func(req *http.Request) *http.Response {
-		if req.Method == "GET" && strings.HasPrefix(req.URL.Path, "/1.0/instances/build-") && strings.Count(req.URL.Path, "/") == 3 {
+		if isInstance(req) {
 			return answer(map[string]any{"config": map[string]string{"user.transport.owner": "x"}, "status": "Running", "status_code": 103, "ephemeral": true,
 				"expanded_devices": map[string]any{"eth0": map[string]string{"type": "nic"}}})
 		}
@@ -342,7 +352,7 @@ func TestLevels(t *testing.T) {
 		hook   hook
 	}{
 		{lxdbuilder.Running, "Freezing", nil, func(req *http.Request) *http.Response {
-			if isState(req) {
+			if isInstance(req) {
 				return answer(map[string]any{"status": "Freezing", "status_code": 109})
 			}
 			return nil

@@ -155,7 +155,7 @@ func (p *Pool) take() *builder.Host {
 
 // give labels a warm host as the caller's.
 func (p *Pool) give(ctx context.Context, h *builder.Host, labels map[string]string) error {
-	if _, err := (&waiter{b: p.b, h: h}).state(ctx); err != nil {
+	if _, err := (&waiter{b: p.b, h: h}).instance(ctx); err != nil {
 		return err
 	}
 	p.labelling.Lock() // renew may be about to write to it

@@ -112,33 +112,44 @@ type waiter struct {
 	h    *builder.Host
 	last error // of a check
 
+	asked  bool // status is of now, and nobody has looked at it yet
+	status int  // of the script
+
 	only6 time.Time // since when there is an address, but no IPv4 one
 }
 
-func (w *waiter) state(ctx context.Context) (*api.InstanceState, error) {
-	var s api.InstanceState
-	err := w.b.rest.get(ctx, instancePath(w.h.Name)+"/state", in(w.h.Project), &s)
-	switch {
-	case notFound(err):
-		return nil, errors.New("the instance has ended, and is gone")
-	case err != nil:
-		return nil, err
-	case s.StatusCode == api.Stopped || s.StatusCode == api.Error:
-		return nil, fmt.Errorf("the instance is in the state %s", quoted(s.Status))
-	}
-	return &s, nil
+// instance asks for the instance, not for its state: for that LXD starts a process that counts the network's bytes.
+func (w *waiter) instance(ctx context.Context) (*api.Instance, error) {
+	var i api.Instance
+	err := w.b.rest.get(ctx, instancePath(w.h.Name), in(w.h.Project), &i)
+	return &i, ended(err, i.StatusCode, i.Status)
 }
 
-func (w *waiter) running(ctx context.Context) error {
-	s, err := w.state(ctx)
-	if err == nil && s.StatusCode != api.Running && s.StatusCode != api.Ready {
-		err = yet("the instance is in the state %s", quoted(s.Status))
+// ended is the error of an instance that does not run any more.
+func ended(err error, code api.StatusCode, status string) error {
+	switch {
+	case notFound(err):
+		return errors.New("the instance has ended, and is gone")
+	case err == nil && (code == api.Stopped || code == api.Error):
+		return fmt.Errorf("the instance is in the state %s", quoted(status))
 	}
 	return err
 }
 
-// exec runs a command that does nothing. That it is missing says that others can be executed.
+func (w *waiter) running(ctx context.Context) error {
+	i, err := w.instance(ctx)
+	if err == nil && i.StatusCode != api.Running && i.StatusCode != api.Ready {
+		err = yet("the instance is in the state %s", quoted(i.Status))
+	}
+	return err
+}
+
+// exec runs a command. That it is missing says that others can be executed. If the levels behind this one are wanted, it is
+// the script that knows about them: each command takes LXD some 20 ms.
 func (w *waiter) exec(ctx context.Context) error {
+	if w.b.opts.Ready > Exec {
+		return w.askAll(ctx)
+	}
 	_, err := w.run(ctx, "true")
 	return err
 }
@@ -148,26 +159,62 @@ var readyScript string
 
 // What the script says by its status; others are those of a host that it does not work on, which is not waited for.
 const (
-	scriptNotYet = 75
-	scriptFailed = 70
+	initNotYet      = 75
+	initFailed      = 70
+	cloudInitNotYet = 76
+	cloudInitFailed = 71
 )
 
-func (w *waiter) script(ctx context.Context, what string) error {
-	code, err := w.run(ctx, "/bin/sh", "-c", readyScript, "sh", what)
-	switch {
-	case err != nil:
-		return err
-	case code == scriptNotYet:
-		return yet("%s has not finished", what)
-	case code == scriptFailed:
-		return fmt.Errorf("%s says that it has failed", what)
+// ask runs the script.
+func (w *waiter) ask(ctx context.Context, about ...string) error {
+	status, err := w.run(ctx, append([]string{"/bin/sh", "-c", readyScript, "sh"}, about...)...)
+	if err == nil {
+		w.status = status
+	}
+	return err
+}
+
+func (w *waiter) askAll(ctx context.Context) error {
+	about := []string{"init"}
+	if w.b.opts.Ready >= CloudInit {
+		about = append(about, "cloud-init")
+	}
+	err := w.ask(ctx, about...)
+	w.asked = err == nil
+	return err
+}
+
+func (w *waiter) init(ctx context.Context) error {
+	if !w.asked {
+		if err := w.askAll(ctx); err != nil {
+			return err
+		}
+	}
+	w.asked = false
+	switch w.status {
+	case initNotYet:
+		return yet("init has not finished")
+	case initFailed:
+		return errors.New("init says that it has failed")
 	}
 	return nil
 }
 
-func (w *waiter) init(ctx context.Context) error { return w.script(ctx, "init") }
-
-func (w *waiter) cloudInit(ctx context.Context) error { return w.script(ctx, "cloud-init") }
+// cloudInit does not ask again if it had finished when init had.
+func (w *waiter) cloudInit(ctx context.Context) error {
+	if w.status == cloudInitNotYet {
+		if err := w.ask(ctx, "cloud-init"); err != nil {
+			return err
+		}
+	}
+	switch w.status {
+	case cloudInitNotYet:
+		return yet("cloud-init has not finished")
+	case cloudInitFailed:
+		return errors.New("cloud-init says that it has failed")
+	}
+	return nil
+}
 
 // run runs a command in the host without any of its streams and returns its status.
 func (w *waiter) run(ctx context.Context, args ...string) (int, error) {
@@ -193,8 +240,8 @@ func (w *waiter) notYet(ctx context.Context, err error) error {
 	if ctx.Err() != nil || hasCode(err, http.StatusForbidden) {
 		return err
 	}
-	if _, stateErr := w.state(ctx); stateErr != nil {
-		return stateErr // it has ended
+	if _, ended := w.instance(ctx); ended != nil {
+		return ended
 	}
 	return yet("a command could not be executed: %v", err)
 }
@@ -203,8 +250,8 @@ func (w *waiter) notYet(ctx context.Context, err error) error {
 const wait6 = 3 * time.Second
 
 func (w *waiter) network(ctx context.Context) error {
-	s, err := w.state(ctx)
-	if err != nil {
+	s, err := w.b.rest.state(ctx, w.h)
+	if err := ended(err, s.StatusCode, s.Status); err != nil {
 		return err
 	}
 	four, six := addresses(s.Network)
@@ -219,8 +266,8 @@ func (w *waiter) network(ctx context.Context) error {
 		return nil
 	}
 	if six == "" {
-		var i api.Instance
-		if err := w.b.rest.get(ctx, instancePath(w.h.Name), in(w.h.Project), &i); err != nil {
+		i, err := w.instance(ctx)
+		if err != nil {
 			return err
 		}
 		if !hasNIC(i.ExpandedDevices) {

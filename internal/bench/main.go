@@ -1,7 +1,7 @@
 //go:build unix
 
 // Bench measures the LXD transport beside its peers, on a real LXD, in one run: the official Go client, the lxc command, and OpenSSH (with rsync and tar
-// over it) over a sshd of its own on the loopback interface; for trees also tar to tar without a network. All contestants take turns, round after round, and medians are reported, because
+// over it) over a sshd of its own on the loopback interface; for trees also tar to tar without a network. Jobs are measured beside lxc launch and lxc exec. All contestants take turns, round after round, and medians are reported, because
 // machines are busy: the ratios mean something where the times do not.
 //
 // scripts/bench runs it. It finds LXD through the variables that `scripts/lxd env` prints, and leaves nothing behind.
@@ -33,6 +33,7 @@ type bench struct {
 
 	profile string // directory, "": none
 
+	image    string // of jobs
 	exe      string // this program, for workers
 	dir      string // temporary
 	instance string
@@ -51,6 +52,7 @@ var parts = []struct {
 	{"file", (*bench).files},
 	{"small", (*bench).small},
 	{"src", (*bench).source},
+	{"jobs", (*bench).jobs},
 	{"size", (*bench).sizes},
 }
 
@@ -84,6 +86,7 @@ func run(ctx context.Context) (err error) {
 	flag.StringVar(&b.profile, "profile", "", "`directory` for CPU and heap profiles of the two Go clients' last rounds; measures wrongly")
 	flag.DurationVar(&b.patience, "patience", 90*time.Second, "stop lxc file -r and the official client's file calls after this `time` with a tree; they have one round only")
 	flag.BoolVar(&b.ram, "ram", false, "trees go to tmpfs on both sides: an ext4 that has no journal makes files slowly for minutes where others were removed")
+	flag.StringVar(&b.image, "image", os.Getenv("TRANSPORT_LXD_IMAGE"), "`alias` of the image that jobs run on")
 	counts := flag.String("many", "1,200,1000", "how many commands at once")
 	flag.Parse()
 	wanted := strings.Split(*only, ",")
