@@ -125,11 +125,14 @@ type dictionary struct {
 	root  [256]int32 // the root's children; 0: none
 }
 
+// node is the beginning of a word. Long secrets make millions of them, most with one child: so children are a list, not a map.
 type node struct {
-	next  map[byte]int32
-	fail  int32
-	depth int32
-	match int32 // length of the longest word that ends here; 0: none
+	child   int32 // the first one; 0: none
+	sibling int32 // the next child of the same parent; 0: none
+	fail    int32
+	depth   int32
+	match   int32 // length of the longest word that ends here; 0: none
+	b       byte  // that leads here
 }
 
 func newDictionary(words []string) *dictionary {
@@ -137,14 +140,14 @@ func newDictionary(words []string) *dictionary {
 	for _, w := range words {
 		at := int32(0)
 		for i := range len(w) {
-			to, ok := d.nodes[at].next[w[i]]
-			if !ok {
+			to := d.child(at, w[i])
+			if to == 0 {
 				to = int32(len(d.nodes))
-				d.nodes = append(d.nodes, node{depth: d.nodes[at].depth + 1})
-				if d.nodes[at].next == nil {
-					d.nodes[at].next = map[byte]int32{}
+				d.nodes = append(d.nodes, node{depth: d.nodes[at].depth + 1, b: w[i], sibling: d.nodes[at].child})
+				if at == 0 {
+					d.root[w[i]] = to
 				}
-				d.nodes[at].next[w[i]] = to
+				d.nodes[at].child = to
 			}
 			at = to
 		}
@@ -152,30 +155,39 @@ func newDictionary(words []string) *dictionary {
 			d.nodes[at].match = int32(len(w))
 		}
 	}
-	for b, to := range d.nodes[0].next {
-		d.root[b] = to
-	}
 	queue := []int32{0}
 	for len(queue) > 0 {
 		at := queue[0]
 		queue = queue[1:]
-		for b, to := range d.nodes[at].next {
+		for to := d.nodes[at].child; to != 0; to = d.nodes[to].sibling {
 			queue = append(queue, to)
 			if at == 0 {
 				continue
 			}
 			n := &d.nodes[to]
-			n.fail = d.step(d.nodes[at].fail, b)
+			n.fail = d.step(d.nodes[at].fail, n.b)
 			n.match = max(n.match, d.nodes[n.fail].match)
 		}
 	}
 	return d
 }
 
+// child is the beginning that has one byte more; 0: there is none.
+func (d *dictionary) child(at int32, b byte) int32 {
+	if at == 0 {
+		return d.root[b]
+	}
+	to := d.nodes[at].child
+	for to != 0 && d.nodes[to].b != b {
+		to = d.nodes[to].sibling
+	}
+	return to
+}
+
 // step is the longest beginning of a word that the text ends with after one more byte.
 func (d *dictionary) step(at int32, b byte) int32 {
 	for at != 0 {
-		if to, ok := d.nodes[at].next[b]; ok {
+		if to := d.child(at, b); to != 0 {
 			return to
 		}
 		at = d.nodes[at].fail

@@ -16,6 +16,9 @@ const (
 	maxFile  = 1 << 20
 	maxDepth = 32
 	maxNodes = 100_000 // counted with every use of an alias
+
+	// maxSecrets is of all of them together: what finds them in a log takes some 500 times as much memory.
+	maxSecrets = 64 << 10
 )
 
 // SyntaxError is a mistake in a job file.
@@ -286,9 +289,14 @@ func (p *parser) job(root *yaml.Node, predefined []*Stage) *Job {
 	}
 	if n := m.fields["secrets"]; n != nil {
 		if secrets, ok := p.mapping(n, "the secrets"); ok {
+			size := 0
 			for name := range secrets.keys {
 				j.Secrets[name] = secrets.text(name)
 				j.secrets[name] = secrets.where(name)
+				size += len(j.Secrets[name])
+			}
+			if size > maxSecrets {
+				p.fail(secrets.pos, "the secrets have more than %d bytes", maxSecrets)
 			}
 		}
 	}

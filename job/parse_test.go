@@ -93,6 +93,7 @@ func TestParseErrors(t *testing.T) {
 		{"source url", ok + "sources: [{type: git, url: 'ext::sh -c x'}]", `the url has to begin with https://`},
 		{"source token in the clear", ok + "sources: [{type: git, url: 'http://h/x', token: t}]", `needs a url with https://`},
 		{"package", ok + "environment: {packages: [-o]}", `line 4, column 26: "-o" is not the name of a package`},
+		{"secrets", ok + "secrets: {a: '" + strings.Repeat("x", maxSecrets) + "', b: y}", `line 4, column 10: the secrets have more than 65536 bytes`},
 		{"group", ok + "environment: {groups: [-o]}", `line 4, column 24: "-o" is not the name of a group`},
 		{"pattern", strings.Replace(ok, "action: log, message: m", "action: upload, from: a, path: b, exclude: '['", 1), `"[" is no pattern`},
 		{"YAML", "name: [", `line 1, column 1: did not find expected node content`},
