@@ -3,6 +3,7 @@ package job
 import (
 	"bytes"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -120,6 +121,8 @@ func TestMasker(t *testing.T) {
 		{"a beginning, then all", "p&ssp&ss/wörd?+1x", "p&ss***x"},
 		{"query", "u=" + url.QueryEscape(secret), "u=***"},
 		{"path", "u=" + url.PathEscape(secret), "u=***"},
+		{"RFC 3986", "u=p%26ss%2Fw%C3%B6rd%3F%2B1", "u=***"},
+		{"RFC 3986 with slashes", "u=p%26ss/w%C3%B6rd%3F%2B1", "u=***"},
 		{"lower case escapes", "u=" + strings.ToLower(url.QueryEscape(secret)), "u=***"},
 		{"JSON", `"p\u0026ss/wörd?+1"`, `"***"`},
 	} {
@@ -144,6 +147,22 @@ func TestMasker(t *testing.T) {
 	pem := "-----BEGIN KEY-----\r\nc2VjcmV0bGluZTE=\r\nZW5kb2ZpdA==\r\n-----END KEY-----\r\n"
 	require.NotContains(t, masked(t, cleaned("key: "+pem), nil, pem), "c2Vjcm")
 	require.Equal(t, "  > ***\n", masked(t, "  > c2VjcmV0bGluZTE=\n", nil, pem), "a line of it alone")
+}
+
+func TestMaskerFindsWhatURLEncodersMake(t *testing.T) {
+	t.Parallel()
+	const secret = "a b!c~d'e(f)g*h/i$j&k+l=m:n@o"
+	for _, coded := range []string{
+		"a%20b%21c~d%27e%28f%29g%2Ah%2Fi%24j%26k%2Bl%3Dm%3An%40o", // jq @uri
+		"a%20b!c~d'e(f)g*h%2Fi%24j%26k%2Bl%3Dm%3An%40o",           // encodeURIComponent
+		"a%20b!c~d'e(f)g*h/i$j&k+l=m:n@o",                         // encodeURI
+		"a+b%21c%7Ed%27e%28f%29g*h%2Fi%24j%26k%2Bl%3Dm%3An%40o",   // a form
+		"a%20b%21c~d%27e%28f%29g%2Ah/i%24j%26k%2Bl%3Dm%3An%40o",   // Python's quote
+		url.QueryEscape(secret), url.PathEscape(secret), url.UserPassword("u", secret).String()[2:],
+	} {
+		require.Equal(t, "<***>", masked(t, "<"+coded+">", nil, secret))
+		require.Equal(t, "<***>", masked(t, "<"+strings.ToLower(coded)+">", nil, secret))
+	}
 }
 
 func TestMaskerFindsWrappedBase64(t *testing.T) {
@@ -269,6 +288,100 @@ func TestLogIsBounded(t *testing.T) {
 			require.Equal(t, fmt.Sprint(in.Len()-len(parts[0])-len(parts[1])), left)
 		}
 	}
+}
+
+// appearances is how a secret may be written: as it is, in base64 behind some other bytes, for URLs, in JSON. hidden is what must not be in the log then.
+func appearances(secret string) (written, hidden []string) {
+	add := func(w, h string) { written, hidden = append(written, w), append(hidden, h) }
+	add(secret, secret)
+	for _, enc := range []*base64.Encoding{base64.StdEncoding, base64.RawURLEncoding} {
+		for before := range 3 {
+			coded := enc.EncodeToString([]byte("xyz"[:before] + secret + "end"))
+			// What is at the edges holds bits of other bytes, too.
+			add(coded, coded[(8*before+5)/6:8*(before+len(secret))/6])
+		}
+	}
+	for _, w := range []string{url.QueryEscape(secret), url.PathEscape(secret), strings.ReplaceAll(url.QueryEscape(secret), "+", "%20")} {
+		add(w, w)
+	}
+	j, _ := json.Marshal(secret)
+	add(string(j), string(j[1:len(j)-1]))
+	return written, hidden
+}
+
+// FuzzLog sends text with a secret through the whole chain, in chunks and at once: the log is the same, has no control characters, is not longer than it may be, and
+// the secret is in it in no form, even where colours or chunks cut it in two.
+func FuzzLog(f *testing.F) {
+	f.Add("before\x1b[1", "mafter\r", "word", "\x1b[0;31m", uint64(1), uint16(0))
+	f.Add("€\xe2\x82", "\x9b1m\n", "päss/wörd?+&", "\u009d0;t\x07", uint64(2), uint16(40))
+	f.Add("line\nline", "\u0090", "two\nlines of it", "\x1bPq#\x1b\\", uint64(3), uint16(300))
+	f.Fuzz(func(t *testing.T, before, after, secret, within string, seed uint64, limit uint16) {
+		for _, r := range secret {
+			if r < ' ' && r != '\n' && r != '\t' || r >= 0x7f && r <= 0x9f || r == utf8.RuneError || r == '*' {
+				t.Skip("what becomes of such a secret depends on the text around it")
+			}
+		}
+		secret = "k€y" + secret // so that it is in nothing that the log says by itself
+		if cleaned("x"+within+"y") != "xy" {
+			within = ""
+		}
+		rng := rand.New(rand.NewPCG(seed, 1))
+		written, hidden := appearances(secret)
+		i := rng.IntN(len(written))
+		cut := rng.IntN(len(written[i]) + 1)
+		for !utf8.ValidString(written[i][:cut]) {
+			cut--
+		}
+		// An unfinished sequence in front would swallow the beginning, and so do two secrets: a line feed alone does not end it.
+		text := before + "\x18\n" + written[i][:cut] + within + written[i][cut:] + "\n" + after
+		if cleaned(before+"\x18") != cleaned(before)+cleaned("\x18") {
+			text = "\n" + written[i][:cut] + within + written[i][cut:] + "\n" + after
+		}
+		opts := &LogOptions{Secrets: []string{secret}, Timestamps: seed%2 == 0, Now: func() time.Time { return time.Time{} }, MaxBytes: int64(limit)}
+		var logs [2]bytes.Buffer
+		for k := range logs {
+			l := NewLog(&logs[k], opts)
+			s := l.Stream()
+			if k == 0 {
+				_, err := s.Write([]byte(text))
+				require.NoError(t, err)
+			} else {
+				chunked(t, held{t, s, secret}, text, rng)
+			}
+			require.NoError(t, s.Close())
+			require.NoError(t, l.Close())
+		}
+		out := logs[0].String()
+		require.Equal(t, out, logs[1].String(), "of %q", text)
+		if limit == 0 {
+			require.True(t, utf8.ValidString(out))
+		}
+		for _, r := range out {
+			require.False(t, r != '\n' && r != '\t' && (r < ' ' || r >= 0x7f && r <= 0x9f), "%q of %q", out, text)
+		}
+		if len(hidden[i]) >= minForm {
+			require.NotContains(t, out, hidden[i], "of %q", text)
+		}
+		if limit > 0 {
+			require.LessOrEqual(t, len(regexp.MustCompile(`\n?\[\d+ bytes of the log are left out here\]\n`).ReplaceAllString(out, "")), int(limit))
+		}
+	})
+}
+
+// held is a stream whose memory is looked at after each Write.
+type held struct {
+	t      *testing.T
+	s      *Stream
+	secret string
+}
+
+func (h held) Write(p []byte) (int, error) {
+	n, err := h.s.Write(p)
+	require.LessOrEqual(h.t, len(h.s.clean.held), maxString+utf8.UTFMax)
+	require.Less(h.t, len(h.s.clean.partial), utf8.UTFMax)
+	require.Less(h.t, len(h.s.mask.held), 6*len(h.secret)+1) // the longest form is JSON's \u0026
+	require.LessOrEqual(h.t, len(h.s.line), maxLine)
+	return n, err
 }
 
 type failing struct{ err error }

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net/url"
 	"strings"
 )
 
@@ -42,7 +41,8 @@ func secretForms(secrets []string) []string {
 					}
 				}
 			}
-			for _, u := range []string{url.QueryEscape(s), url.PathEscape(s), percent(s)} {
+			for _, as := range urlEncodings {
+				u := as.encode(s)
 				add(u, minForm)
 				add(lowerEscapes(u), minForm)
 			}
@@ -93,14 +93,30 @@ func wrapped(coded string, offset int) (parts []string) {
 	return parts
 }
 
-// percent escapes as encodeURIComponent does, which url.QueryEscape and url.PathEscape differ from.
-func percent(s string) string {
+// urlEncoding is what a URL encoder leaves alone besides letters and digits, and what it makes of a space.
+type urlEncoding struct{ keeps, space string }
+
+var urlEncodings = []urlEncoding{
+	{"-_.~", "%20"},                 // RFC 3986: curl, PHP's rawurlencode, jq's @uri
+	{"-_.~", "+"},                   // url.QueryEscape, Python's quote_plus
+	{"-_.~/", "%20"},                // Python's quote
+	{"-_.~$&+=:@", "%20"},           // url.PathEscape
+	{"-_.~$&+,;=", "%20"},           // url.UserPassword
+	{"-_.!~*'()", "%20"},            // encodeURIComponent
+	{"-_.!~*'();/?:@&=+$,#", "%20"}, // encodeURI
+	{"-_.*", "+"},                   // HTML forms, Java's URLEncoder
+}
+
+func (e urlEncoding) encode(s string) string {
 	var b strings.Builder
 	for i := range len(s) {
 		c := s[i]
-		if c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.IndexByte("-_.!~*'()", c) >= 0 {
+		switch {
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9', strings.IndexByte(e.keeps, c) >= 0:
 			b.WriteByte(c)
-		} else {
+		case c == ' ':
+			b.WriteString(e.space)
+		default:
 			fmt.Fprintf(&b, "%%%02X", c)
 		}
 	}
