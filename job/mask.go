@@ -212,16 +212,21 @@ func (d *dictionary) step(at int32, b byte) int32 {
 }
 
 // masker writes *** for every run of bytes that belong to secrets. It holds back what may be the beginning of one, and
-// nothing else. Whatever the chunks are that it gets, what it writes is the same.
+// nothing else. Whatever the chunks are that it gets, what it writes is the same. The time it takes does not depend on how long secrets are.
 type masker struct {
 	w      io.Writer
 	d      *dictionary
 	at     int32
-	held   []byte
-	secret []bool // of the bytes held
+	pos    int64  // of the next byte
+	held   []byte // the last of them are not written yet
+	first  int    // of these, in held
+	spans  []span // that belong to secrets, in order, with something between them; those before the first byte held are gone
 	masked bool   // the last that was written was a mask
 	out    []byte
 }
+
+// span is the bytes at positions from begin to before end.
+type span struct{ begin, end int64 }
 
 func newMasker(w io.Writer, d *dictionary) *masker { return &masker{w: w, d: d} }
 
@@ -233,42 +238,66 @@ func (m *masker) Write(p []byte) (int, error) {
 	m.out = m.out[:0]
 	for _, b := range p {
 		m.at = m.d.step(m.at, b)
+		m.pos++
 		n := &m.d.nodes[m.at]
-		if n.depth == 0 && len(m.held) == 0 { // most bytes
+		if n.depth == 0 && len(m.held) == m.first { // most bytes
 			m.out, m.masked = append(m.out, b), false
 			continue
 		}
-		m.held, m.secret = append(m.held, b), append(m.secret, false)
-		for i := len(m.secret) - int(n.match); i < len(m.secret); i++ {
-			m.secret[i] = true
+		m.held = append(m.held, b)
+		if n.match > 0 {
+			m.cover(m.pos - int64(n.match))
 		}
-		if int(n.depth) < len(m.held) {
-			m.release(len(m.held) - int(n.depth))
+		if keep := int(n.depth); keep < len(m.held)-m.first {
+			m.release(len(m.held) - m.first - keep)
 		}
 	}
 	return len(p), m.flush()
 }
 
+// cover marks what is from begin to here as a secret.
+func (m *masker) cover(begin int64) {
+	for len(m.spans) > 0 {
+		last := &m.spans[len(m.spans)-1]
+		if last.begin < begin {
+			if last.end >= begin {
+				last.end = m.pos
+				return
+			}
+			break
+		}
+		m.spans = m.spans[:len(m.spans)-1]
+	}
+	m.spans = append(m.spans, span{begin, m.pos})
+}
+
 // Close writes what was held back. It does not close the writer.
 func (m *masker) Close() error {
 	m.out = m.out[:0]
-	m.release(len(m.held))
+	m.release(len(m.held) - m.first)
 	m.at, m.masked = 0, false
 	return m.flush()
 }
 
 // release decides about the first n bytes held.
 func (m *masker) release(n int) {
-	for i, b := range m.held[:n] {
+	pos := m.pos - int64(len(m.held)-m.first)
+	for _, b := range m.held[m.first : m.first+n] {
+		for len(m.spans) > 0 && m.spans[0].end <= pos {
+			m.spans = m.spans[1:]
+		}
 		switch {
-		case !m.secret[i]:
+		case len(m.spans) == 0 || pos < m.spans[0].begin:
 			m.out, m.masked = append(m.out, b), false
 		case !m.masked:
 			m.out, m.masked = append(m.out, mask...), true
 		}
+		pos++
 	}
-	m.held = m.held[:copy(m.held, m.held[n:])]
-	m.secret = m.secret[:copy(m.secret, m.secret[n:])]
+	// Moved to the front only when that pays.
+	if m.first += n; m.first >= len(m.held)-m.first {
+		m.held, m.first = m.held[:copy(m.held, m.held[m.first:])], 0
+	}
 }
 
 func (m *masker) flush() error {
