@@ -3,13 +3,14 @@ package job
 import (
 	"fmt"
 	"io"
+	"unicode/utf8"
 )
 
 // tailSize is the most of the end of a log that is kept when the log passes its limit: that is where the errors are.
 const tailSize = 64 << 10
 
 // limiter passes on so much that the whole, with the last of what was left out, is no longer than its limit; only the line
-// that says how much was left out comes on top.
+// that says how much was left out comes on top. It cuts between characters.
 type limiter struct {
 	w       io.Writer
 	room    int64 // what may still be passed on
@@ -28,7 +29,11 @@ func newLimiter(w io.Writer, limit int64) *limiter {
 // Write passes p on while there is room. It returns len(p) unless the writer behind it fails.
 func (l *limiter) Write(p []byte) (int, error) {
 	n := len(p)
-	if pass := min(int64(n), l.room); pass > 0 {
+	pass := min(int64(n), l.room)
+	for pass > 0 && pass < int64(n) && !utf8.RuneStart(p[pass]) {
+		pass--
+	}
+	if pass > 0 {
 		l.room -= pass
 		l.begun = p[pass-1] != '\n'
 		if _, err := l.w.Write(p[:pass]); err != nil {
@@ -59,6 +64,9 @@ func (l *limiter) Close() error {
 		return nil
 	}
 	tail := l.tail[max(0, len(l.tail)-l.size):]
+	for len(tail) > 0 && !utf8.RuneStart(tail[0]) {
+		tail = tail[1:]
+	}
 	text := ""
 	// Where nothing is missing the tail goes on where the text ended.
 	if left := l.dropped - int64(len(tail)); left > 0 {

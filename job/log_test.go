@@ -363,9 +363,7 @@ func FuzzLog(f *testing.F) {
 		}
 		out := logs[0].String()
 		require.Equal(t, out, logs[1].String(), "of %q", text)
-		if limit == 0 {
-			require.True(t, utf8.ValidString(out))
-		}
+		require.True(t, utf8.ValidString(out), "%q of %q", out, text)
 		for _, r := range out {
 			require.False(t, r != '\n' && r != '\t' && (r < ' ' || r >= 0x7f && r <= 0x9f), "%q of %q", out, text)
 		}
@@ -392,6 +390,19 @@ func (h held) Write(p []byte) (int, error) {
 	require.Less(h.t, len(h.s.mask.held), 2*6*len(h.secret)+1) // the longest form is JSON's \u0026
 	require.LessOrEqual(h.t, len(h.s.line), maxLine)
 	return n, err
+}
+
+func TestLogIsBoundedBetweenCharacters(t *testing.T) {
+	t.Parallel()
+	for limit := int64(1); limit < 40; limit++ {
+		var b bytes.Buffer
+		l := NewLog(&b, &LogOptions{MaxBytes: limit})
+		s := l.Stream()
+		fmt.Fprint(s, strings.Repeat("€🦀ä", 20))
+		require.NoError(t, s.Close())
+		require.NoError(t, l.Close())
+		require.True(t, utf8.Valid(b.Bytes()), "%d: %q", limit, b.String())
+	}
 }
 
 type failing struct{ err error }
