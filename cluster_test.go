@@ -95,33 +95,50 @@ func TestClusterLosesMembers(t *testing.T) {
 	// more waits until each loop has n verdicts more, or as many successes.
 	more := func(n int, successes bool, of func(*clusterLoop) bool) {
 		t.Helper()
+		var waiting []func()
 		for _, l := range loops {
 			if !of(l) {
 				continue
 			}
 			all, good := l.verdicts()
-			ok := assert.Eventually(t, func() bool {
-				a, g := l.verdicts()
-				return successes && g >= good+n || !successes && a >= all+n
-			}, 2*clusterBound, 20*time.Millisecond, "through %s to %s", l.entry.Name, l.there.Name)
-			if !ok {
-				l.mu.Lock()
-				t.Fatalf("the last of it: %+v", l.all[max(0, len(l.all)-3):])
-			}
+			waiting = append(waiting, func() {
+				ok := assert.Eventually(t, func() bool {
+					a, g := l.verdicts()
+					return successes && g >= good+n || !successes && a >= all+n
+				}, 2*clusterBound, 20*time.Millisecond, "through %s to %s", l.entry.Name, l.there.Name)
+				if !ok {
+					l.mu.Lock()
+					defer l.mu.Unlock()
+					t.Fatalf("the last of it: %+v", l.all[max(0, len(l.all)-3):])
+				}
+			})
+		}
+		for _, wait := range waiting {
+			wait()
 		}
 	}
 	everyone := func(*clusterLoop) bool { return true }
+	began := time.Now()
+	phase := func(what string) {
+		t.Helper()
+		t.Logf("%3.0f s: %s", time.Since(began).Seconds(), what)
+	}
 	more(3, true, everyone)
+	phase("all work")
 	for _, m := range []reallxd.Member{members[0], members[2]} {
 		for what, down := range map[string]func(testing.TB){"killed": m.Kill, "stopped": m.Stop} {
 			down(t)
 			up := sync.OnceFunc(func() { m.Start(t) })
 			t.Cleanup(up)
+			phase(m.Name + " is " + what)
 			more(2, false, everyone)
+			phase("everyone has verdicts")
 			more(2, true, func(l *clusterLoop) bool { return l.there.Number != m.Number }) // the surviving members' instances work, through others if need be
-			t.Logf("%s was %s", m.Name, what)
+			phase("the others' instances work")
 			up()
+			phase(m.Name + " is up")
 			more(2, true, everyone)
+			phase("all work")
 		}
 	}
 	stop()
@@ -139,10 +156,12 @@ func TestClusterLosesMembers(t *testing.T) {
 				continue
 			}
 			var good, refused, unknown int
+			var longest time.Duration
 			for _, r := range l.all {
 				name := fmt.Sprintf("%s to %s: %v", r.id, there.Name, r.err)
 				assert.LessOrEqual(t, times[r.id], 1, name)
 				assert.Less(t, r.took, clusterBound, name)
+				longest = max(longest, r.took)
 				_, exited := transport.ExitCode(r.err)
 				switch {
 				case r.err == nil:
@@ -157,7 +176,7 @@ func TestClusterLosesMembers(t *testing.T) {
 					assert.False(t, exited && times[r.id] == 0, name)
 				}
 			}
-			t.Logf("%s to %s: %d succeeded, %d not started, %d not known", l.entry.Name, there.Name, good, refused, unknown)
+			t.Logf("%s to %s: %d succeeded, %d not started, %d not known; %.1f s at most", l.entry.Name, there.Name, good, refused, unknown, longest.Seconds())
 		}
 	}
 }
@@ -167,12 +186,8 @@ func TestClusterWithoutQuorum(t *testing.T) {
 	members := reallxd.Cluster(t)
 	host := newLXD(t, members[0].HTTPS(t), members[0].Instance, nil)
 	require.NoError(t, host.Exec(soon(t), transport.Command{Args: []string{"rm", "-f", "/root/started"}}))
-	t.Cleanup(func() {
-		reallxd.StartAll(t, members[1], members[2])
-		assert.Eventually(t, func() bool {
-			return host.Exec(soon(t), transport.Command{Args: []string{"test", "!", "-e", "/root/started"}}) == nil
-		}, 2*clusterBound, 100*time.Millisecond)
-	})
+	up := sync.OnceFunc(func() { reallxd.StartAll(t, members[1], members[2]) })
+	t.Cleanup(up)
 	members[1].Kill(t)
 	members[2].Kill(t)
 	for range 2 {
@@ -182,4 +197,8 @@ func TestClusterWithoutQuorum(t *testing.T) {
 		assert.Less(t, time.Since(start), clusterBound)
 		t.Logf("after %v: %v", time.Since(start).Round(time.Second), err)
 	}
+	up()
+	assert.Eventually(t, func() bool {
+		return host.Exec(soon(t), transport.Command{Args: []string{"test", "!", "-e", "/root/started"}}) == nil
+	}, 2*clusterBound, 100*time.Millisecond)
 }
