@@ -274,7 +274,7 @@ func TestHalfOpenOldConnections(t *testing.T) {
 				assert.Less(t, time.Since(failed), 30*time.Second+bound)
 				check(t)
 				assert.ErrorIs(t, err, transport.ErrOutputLost)
-				assert.ErrorContains(t, err, "may still run: LXD says that it is running")
+				assert.ErrorContains(t, err, "may still run: the server says that it is running")
 				link.cut(true, true)
 				assert.NoError(t, gone(t, instance, mine))
 			})
@@ -411,7 +411,7 @@ func TestInstanceThatIsFrozen(t *testing.T) {
 			assert.ErrorIs(t, err, errEnough)
 			_, exited := transport.ExitCode(err)
 			assert.False(t, exited, "%v", err)
-			assert.ErrorContains(t, err, "LXD has not confirmed the end of the command after KILL")
+			assert.ErrorContains(t, err, "has not confirmed the end of the command after KILL")
 			assert.ErrorContains(t, err, "is not running but frozen")
 			reallxd.Change(t, server, instance, "unfreeze", true)
 			// TERM waited for it. Its child was out of reach.

@@ -12,8 +12,8 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
-	"syscall"
 
 	lxd "github.com/canonical/lxd/client"
 
@@ -136,33 +136,43 @@ func dialUnix(ctx context.Context, addr string, opts *LXDOptions) (lxd.InstanceS
 // sockets are where the local daemon may listen. certain says that it is there or nowhere.
 func sockets() (paths []string, certain bool) {
 	for _, product := range []struct {
-		socket, dir string
-		usual       []string
+		socket, dir string // variables
+		dirs, names []string
 	}{
-		{"LXD_SOCKET", "LXD_DIR", []string{"/var/snap/lxd/common/lxd/unix.socket", "/var/lib/lxd/unix.socket"}},
-		{"INCUS_SOCKET", "INCUS_DIR", []string{"/run/incus/unix.socket", "/run/incus/unix.socket.user", "/var/lib/incus/unix.socket", "/var/lib/incus/unix.socket.user"}},
+		{"LXD_SOCKET", "LXD_DIR", []string{"/var/snap/lxd/common/lxd", "/var/lib/lxd"}, []string{"unix.socket"}},
+		{"INCUS_SOCKET", "INCUS_DIR", []string{"/run/incus", "/var/lib/incus"}, []string{"unix.socket", userSocket}},
 	} {
 		if path := os.Getenv(product.socket); path != "" {
 			return []string{path}, true
 		}
 		if dir := os.Getenv(product.dir); dir != "" {
-			return []string{filepath.Join(dir, "unix.socket")}, true
+			paths, certain, product.dirs = nil, true, []string{dir}
 		}
-		paths = append(paths, product.usual...)
+		for _, dir := range product.dirs {
+			for _, name := range product.names {
+				paths = append(paths, filepath.Join(dir, name))
+			}
+		}
+		if certain {
+			break
+		}
 	}
-	return paths, false
+	return paths, certain
 }
+
+// userSocket is Incus's for users who may have one project only, which has their number in its name.
+const userSocket = "unix.socket.user"
 
 // dialLocal takes the first socket at which a daemon answers that lets us in.
 func dialLocal(ctx context.Context, opts *LXDOptions) (lxd.InstanceServer, error) {
 	paths, certain := sockets()
 	var errs []error
 	for _, path := range paths {
-		if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) && !certain {
+		if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) && (!certain || errs != nil) {
 			continue
 		}
 		server, err := dialSocket(ctx, path, opts)
-		if err == nil || certain || !errors.Is(err, ErrUnauthorized) && !errors.Is(err, syscall.ECONNREFUSED) {
+		if err == nil || !errors.Is(err, ErrUnauthorized) && !errors.Is(err, ErrNoServer) {
 			return server, err
 		}
 		errs = append(errs, err)
@@ -178,7 +188,11 @@ func dialSocket(ctx context.Context, path string, opts *LXDOptions) (lxd.Instanc
 	if err != nil {
 		return nil, err
 	}
-	return greet(ctx, server, opts)
+	server, err = greet(ctx, server, opts)
+	if err == nil && opts.Project == "" && filepath.Base(path) == userSocket {
+		opts.Project = "user-" + strconv.Itoa(os.Geteuid())
+	}
+	return server, err
 }
 
 func dialHTTPS(ctx context.Context, r *clientconfig.Remote, opts *LXDOptions) (lxd.InstanceServer, error) {
@@ -208,7 +222,7 @@ func dialHTTPS(ctx context.Context, r *clientconfig.Remote, opts *LXDOptions) (l
 		tokens := reflect.ValueOf(args).Elem().FieldByName("OIDCTokens")
 		tokens.Set(reflect.New(tokens.Type().Elem()))
 		if err := json.Unmarshal(r.Tokens, tokens.Interface()); err != nil {
-			return nil, fmt.Errorf("the token of remote %q of %s is not understood: %w", r.Name, r.File, err)
+			return nil, fmt.Errorf("the token of remote %q in %s is not understood: %w", r.Name, r.TokensFile, err)
 		}
 	}
 	server, err := lxd.ConnectLXDWithContext(context.WithoutCancel(ctx), "https://"+u.Host, args)
@@ -246,7 +260,7 @@ type serverInfo struct {
 // product names the server as people know it.
 func (i *serverInfo) product() string {
 	switch i.Environment.Server {
-	case "":
+	case "": // it does not tell everybody
 		return "the server"
 	case "lxd":
 		return "LXD " + i.Environment.ServerVersion
@@ -267,11 +281,12 @@ func greet(ctx context.Context, server lxd.InstanceServer, opts *LXDOptions) (lx
 	defer cancel()
 	var info serverInfo
 	if err := r.call(ctx, http.MethodGet, "/1.0", nil, nil, &info); err != nil {
-		return nil, refusal(err)
+		return nil, refusal(err, "the server at "+r.where()+" does not let us in")
 	}
 	if info.Auth != "trusted" {
 		return nil, fmt.Errorf("%s at %s does not trust us: %w (`lxc config trust add` there, `lxc remote add` with a token here, or Enroll)", info.product(), r.where(), ErrUnauthorized)
 	}
+	opts.product = info.product()
 	if info.Environment.Clustered && strings.HasPrefix(r.base, "https:") {
 		opts.ClusterAddresses = append(slices.Clip(opts.ClusterAddresses), r.clusterAddresses(ctx)...)
 	}

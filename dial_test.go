@@ -12,6 +12,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
+	"fmt"
 	"io"
 	"io/fs"
 	"log"
@@ -100,6 +101,33 @@ func TestDialLocal(t *testing.T) {
 		}
 		t.Setenv(name, "")
 	}
+}
+
+// TestDialUserSocket: Incus has a socket for users who may have one project only, and the incus command takes that one where there is no other.
+func TestDialUserSocket(t *testing.T) {
+	dir := clearEnv(t)
+	s := lxdtest.NewUnstartedServer()
+	s.Version, s.Handler = lxdtest.Incus6, commands
+	s.AddInstance(lxdtest.Instance{Name: "c1", Project: fmt.Sprint("user-", os.Geteuid())})
+	s.Start()
+	t.Cleanup(s.Close)
+	t.Setenv("INCUS_DIR", dir)
+	_, err := transport.DialLXD(soon(t), "", "c1", nil)
+	assert.ErrorIs(t, err, transport.ErrNoServer)
+	assert.ErrorContains(t, err, filepath.Join(dir, "unix.socket"))
+	if err := os.Symlink(s.Socket, filepath.Join(dir, "unix.socket.user")); err != nil {
+		t.Skip(err)
+	}
+	stale, err := net.Listen("unix", filepath.Join(dir, "unix.socket")) // the socket is there, and nobody listens
+	require.NoError(t, err)
+	stale.(*net.UnixListener).SetUnlinkOnClose(false)
+	require.NoError(t, stale.Close())
+	host, err := transport.DialLXD(soon(t), "", "c1", nil)
+	works(t, host, err)
+	host, err = transport.DialLXD(soon(t), "", "c1", &transport.LXDOptions{Project: "default"})
+	require.NoError(t, err)
+	defer host.Close()
+	assert.ErrorIs(t, host.Exec(soon(t), transport.Command{Args: []string{"true"}}), transport.ErrNoHost)
 }
 
 func TestDialRemote(t *testing.T) {
@@ -318,6 +346,71 @@ func TestDialCertificates(t *testing.T) {
 			assert.ErrorContains(t, err, "certificate")
 			assert.Zero(t, asked.Load(), "requests")
 		})
+	}
+}
+
+// TestDialOIDC: a person logged in with lxc or incus, which have stored the token.
+func TestDialOIDC(t *testing.T) {
+	dir := clearEnv(t)
+	t.Setenv("LXD_CONF", dir)
+	const token = "a-token-that-is-secret"
+	var asked, known atomic.Int32
+	s := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		w.Header().Set("Content-Type", "application/json")
+		auth := "untrusted"
+		if r.Header.Get("Authorization") == "Bearer "+token {
+			known.Add(1)
+			auth = "trusted"
+		}
+		io.WriteString(w, `{"type":"sync","metadata":{"auth":"`+auth+`","environment":{"server":"lxd","server_version":"6.2"}}}`)
+	}))
+	defer s.Close()
+	s.Config.ErrorLog = log.New(io.Discard, "", 0)
+	for _, sub := range []string{"servercerts", "oidctokens"} {
+		require.NoError(t, os.Mkdir(filepath.Join(dir, sub), 0o700))
+	}
+	write := func(name, content string) {
+		require.NoError(t, os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600))
+	}
+	pinned := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw}))
+	write("config.yml", "remotes:\n  r: {addr: \""+s.URL+"\", protocol: lxd, auth_type: oidc}\n")
+	write("servercerts/r.crt", pinned)
+	write("oidctokens/r.json", `{"access_token":"`+token+`","token_type":"Bearer","refresh_token":"x"}`)
+	host, err := transport.DialLXD(soon(t), "r", "c1", nil)
+	require.NoError(t, err)
+	assert.NoError(t, host.Close())
+	assert.NotZero(t, known.Load())
+
+	before := asked.Load()
+	write("servercerts/r.crt", fakeServer(t, true).ServerCert)
+	_, err = transport.DialLXD(soon(t), "r", "c1", nil)
+	assert.ErrorContains(t, err, "certificate")
+	assert.NotContains(t, err.Error(), token)
+	assert.Equal(t, before, asked.Load(), "the token is for the server only")
+	write("servercerts/r.crt", pinned)
+	write("oidctokens/r.json", `{"access_token":"`+token)
+	_, err = transport.DialLXD(soon(t), "r", "c1", nil)
+	assert.ErrorContains(t, err, "oidctokens/r.json")
+	assert.NotContains(t, err.Error(), token)
+}
+
+// TestErrorsNameTheServer: by its product, also where nobody has asked it before.
+func TestErrorsNameTheServer(t *testing.T) {
+	t.Parallel()
+	for _, v := range lxdtest.Versions() {
+		s := lxdtest.NewUnstartedServer()
+		s.Version = v
+		s.Start()
+		t.Cleanup(s.Close)
+		dialed, err := transport.DialLXD(soon(t), "unix://"+s.Socket, "nope", nil)
+		require.NoError(t, err)
+		defer dialed.Close()
+		for _, host := range []*transport.LXD{dialed, newLXD(t, connect(t, s), "nope", nil)} {
+			err = host.Exec(soon(t), transport.Command{Args: []string{"true"}})
+			assert.ErrorIs(t, err, transport.ErrNoHost)
+			assert.ErrorContains(t, err, v.Name+" answered")
+		}
 	}
 }
 

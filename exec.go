@@ -381,7 +381,7 @@ func (e *execution) connect(secrets map[string]string) error {
 		}
 		cancel() // the others are of no use any more
 	}
-	known := fate{err: errors.New("LXD was not asked")}
+	known := fate{err: errors.New("the server was not asked")}
 	if !watch.Stop() {
 		cancel()
 		known = <-watched

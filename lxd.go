@@ -47,6 +47,8 @@ type LXDOptions struct {
 	// a word, or a member of a cluster that hangs behind one that does not. The error then says that the command may still run. A command
 	// that prints nothing, and a writer that takes nothing, are no silence of the server's, which is asked again and again. At least 3 s; 0: a minute.
 	Liveness time.Duration
+
+	product string // what the server said that it is, when DialLXD asked
 }
 
 // LXD is the [Transport] into one instance, container or virtual machine, of an LXD server. It is a [Starter]. A

@@ -77,12 +77,12 @@ const (
 )
 
 // errRunning: that was the server's last word.
-var errRunning = errors.New("LXD says that it is running")
+var errRunning = errors.New("the server says that it is running")
 
 // errNoAnswer: the first question has not been answered yet.
 var errNoAnswer = errors.New("no answer has come")
 
-var errGone = errors.New("LXD does not know the operation any more: it was restarted, or asked more than 5 s after the command's end")
+var errGone = errors.New("the server does not know the operation any more: it was restarted, or asked more than 5 s after the command's end")
 
 // waitOperation waits until an operation ends, or ctx does. The answer comes in several forms: the operation; an error body
 // with status 200 or another for an operation that failed, or that has not ended in the time asked for. An error, and an answer that

@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -37,6 +38,8 @@ type restClient struct {
 	http    *http.Client
 	dialer  websocket.Dialer
 	cluster *members // nil: one address
+
+	product atomic.Pointer[string] // what the server says that it is; nil: not known
 
 	wrapped bool       // the connection's requests go through a wrapper that may add headers
 	mu      sync.Mutex // guards extra; held while the wrapper is asked
@@ -66,6 +69,9 @@ func newRESTClient(server lxd.InstanceServer, opts *LXDOptions) (*restClient, er
 	r := &restClient{server: server, base: strings.TrimSuffix(info.URL, "/"), project: opts.Project, socket: info.SocketPath, patience: cmp.Or(opts.Liveness, defaultLiveness)}
 	if r.project == "" {
 		r.project = info.Project
+	}
+	if opts.product != "" {
+		r.product.Store(&opts.product)
 	}
 	var t *http.Transport
 	switch rt := client.Transport.(type) {
@@ -141,6 +147,28 @@ func (r *restClient) where() string {
 		return r.socket
 	}
 	return r.base
+}
+
+// who names the server as far as that is known.
+func (r *restClient) who() string {
+	if p := r.product.Load(); p != nil {
+		return *p
+	}
+	return "the server"
+}
+
+// ask asks the server who it is, unless that is known. It does not tell everybody.
+func (r *restClient) ask(ctx context.Context) string {
+	if r.product.Load() == nil {
+		ctx, cancel := within(ctx, min(r.patience, connectTimeout))
+		defer cancel()
+		var info serverInfo
+		if r.call(ctx, http.MethodGet, "/1.0", nil, nil, &info) == nil && info.Environment.Server != "" {
+			name := info.product()
+			r.product.Store(&name)
+		}
+	}
+	return r.who()
 }
 
 // request makes a request with the connection's credentials. path begins with /1.0.
@@ -264,13 +292,15 @@ type apiError struct {
 	code    int    // HTTP status, or the error_code of an error that came with status 200
 	text    string // what the server said, bounded
 	foreign bool   // it is not LXD's JSON, but a proxy's page perhaps
+	who     string // "": the server
 }
 
 func (e *apiError) Error() string {
+	who := cmp.Or(e.who, "the server")
 	if e.text == "" {
-		return fmt.Sprintf("the server answered %d %s", e.code, http.StatusText(e.code))
+		return fmt.Sprintf("%s answered %d %s", who, e.code, http.StatusText(e.code))
 	}
-	return fmt.Sprintf("the server answered %d: %s", e.code, e.text)
+	return fmt.Sprintf("%s answered %d: %s", who, e.code, e.text)
 }
 
 // quoted makes what the other side said fit for an error: bounded, on one line, no control characters.
@@ -409,11 +439,11 @@ func (r *restClient) explainDial(err error) error {
 	switch {
 	case unix && errors.Is(err, fs.ErrNotExist):
 		// Not wrapped, nor is the next: fs.ErrNotExist and fs.ErrPermission are about files in the instance.
-		return noServer(fmt.Errorf("no LXD at %s: there is no such socket. LXD's is in $LXD_SOCKET or $LXD_DIR, or at /var/snap/lxd/common/lxd/unix.socket (snap) or /var/lib/lxd/unix.socket (package): %v", where, err))
+		return noServer(fmt.Errorf("no server at %s: there is no such socket. LXD's is in $LXD_SOCKET or $LXD_DIR, or at /var/snap/lxd/common/lxd/unix.socket (snap) or /var/lib/lxd/unix.socket (package), Incus's in $INCUS_SOCKET or $INCUS_DIR, or at /run/incus/unix.socket or /var/lib/incus/unix.socket: %v", where, err))
 	case unix && errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("may not open LXD's socket %s: its group (commonly lxd) and root may: %w: %v", where, ErrUnauthorized, err)
+		return fmt.Errorf("may not open the server's socket %s: its group (commonly lxd or incus-admin) and root may: %w: %v", where, ErrUnauthorized, err)
 	case unix && errors.Is(err, syscall.ECONNREFUSED):
-		return noServer(fmt.Errorf("no LXD at %s: the socket is there, but no daemon listens on it: %w", where, err))
+		return noServer(fmt.Errorf("no server at %s: the socket is there, but no daemon listens on it: %w", where, err))
 	case strings.Contains(err.Error(), "x509: "):
 		return fmt.Errorf("the certificate of %s is refused: %w", where, err)
 	case strings.Contains(err.Error(), "remote error: tls: "):
@@ -432,12 +462,15 @@ func (t *LXD) explain(ctx context.Context, err error) error {
 	if !ok {
 		return err
 	}
+	if !e.foreign {
+		e.who = t.rest.ask(ctx)
+	}
 	wrap := func(kind error, format string, args ...any) error {
 		return &causes{text: fmt.Sprintf(format, args...) + ": " + err.Error(), errs: []error{kind, err}}
 	}
 	switch e.code {
 	case http.StatusUnauthorized, http.StatusForbidden:
-		return refusal(err)
+		return refusal(err, fmt.Sprintf("%s does not let us do that with instance %q in project %q", t.rest.who(), t.instance, cmp.Or(t.project, "default")))
 	case http.StatusNotFound, http.StatusBadRequest, http.StatusInternalServerError:
 	default:
 		return err
@@ -455,13 +488,13 @@ func (t *LXD) explain(ctx context.Context, err error) error {
 	return err
 }
 
-// refusal makes an *apiError that says that we may not do what was asked match [ErrUnauthorized].
-func refusal(err error) error {
+// refusal makes an *apiError that says that we may not do what was asked match [ErrUnauthorized]. what is a sentence that says so.
+func refusal(err error, what string) error {
 	if e, ok := errors.AsType[*apiError](err); !ok || e.code != http.StatusUnauthorized && e.code != http.StatusForbidden {
 		return err
 	}
 	return &causes{
-		text: "LXD does not allow it (a client certificate is allowed by `lxc config trust add`, perhaps for some projects only): " + err.Error(),
+		text: what + " (a client certificate is allowed by `lxc config trust add`, or `incus config trust add`, perhaps for some projects only): " + err.Error(),
 		errs: []error{ErrUnauthorized, err},
 	}
 }

@@ -30,7 +30,7 @@ func (e *execution) verdict(f fate) error {
 	switch {
 	case f.exited:
 	case f.notStarted():
-		return e.wrap(errors.Join(append(errs, notStarted(fmt.Errorf("LXD could not start it: %s", quoted(f.text))))...))
+		return e.wrap(errors.Join(append(errs, notStarted(fmt.Errorf("%s could not start it: %s", e.t.rest.who(), quoted(f.text))))...))
 	default:
 		errs = append(errs, e.unknown(f))
 	}
@@ -93,13 +93,13 @@ func (e *execution) ending(f fate) string {
 func (e *execution) unknown(f fate) error {
 	switch {
 	case f.err == nil && f.text == "":
-		return errors.New("the command has ended, but LXD tells no status that is one")
+		return fmt.Errorf("the command has ended, but %s tells no status that is one", e.t.rest.who())
 	case f.err == nil:
-		return fmt.Errorf("the command's status is not known; LXD says: %s", quoted(f.text))
+		return fmt.Errorf("the command's status is not known; %s says: %s", e.t.rest.who(), quoted(f.text))
 	case e.killed:
-		return fmt.Errorf("LXD has not confirmed the end of the command after KILL: it, or what it left behind, may still run (%w)", f.err)
+		return fmt.Errorf("%s has not confirmed the end of the command after KILL: it, or what it left behind, may still run (%w)", e.t.rest.who(), f.err)
 	case e.cut && !e.broken && (errors.Is(f.err, errRunning) || errors.Is(f.err, errNoAnswer)): // it closed the control socket, which it does at the end
-		return fmt.Errorf("the command has ended, but LXD does not tell its status; some versions keep it back until the last process that holds the command's output has ended: redirect the output of what is to run on (%w)", f.err)
+		return fmt.Errorf("the command has ended, but %s does not tell its status; some versions keep it back until the last process that holds the command's output has ended: redirect the output of what is to run on (%w)", e.t.rest.who(), f.err)
 	}
 	return fmt.Errorf("the command's status is not known, it may still run: %w", f.err)
 }

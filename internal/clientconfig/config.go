@@ -29,6 +29,7 @@ type Remote struct {
 	ServerCert            string // PEM, what the server's certificate was when the remote was added; "": none
 	CA                    string // PEM, of a server in PKI mode
 	Tokens                []byte // JSON, of OIDC
+	TokensFile            string // where they stand
 }
 
 // config is config.yml.
@@ -150,7 +151,7 @@ func (s *stub) remote(dir, file, name string) (*Remote, error) {
 	load(&r.CA, "client.ca")
 	var tokens string
 	load(&tokens, "oidctokens", name+".json")
-	r.Tokens = []byte(tokens)
+	r.Tokens, r.TokensFile = []byte(tokens), filepath.Join(dir, "oidctokens", name+".json")
 	cert, key := filepath.Join(dir, "clientcerts", name+".crt"), filepath.Join(dir, "clientcerts", name+".key")
 	if _, statErr := os.Stat(cert); statErr != nil {
 		cert, key = filepath.Join(dir, "client.crt"), filepath.Join(dir, "client.key")
