@@ -145,6 +145,7 @@ type execution struct {
 	settled     bool        // LXD has told the command's end
 	next        *time.Timer // the next step after interrupt
 	drain       *time.Timer // looks after outputs that do not end
+	spare       *time.Timer // cuts them after a sweep
 	copyErr     error       // the first
 	sweep       *sweep      // what the command left behind is being killed, or has been
 }
@@ -546,7 +547,7 @@ func (e *execution) run() error {
 func (e *execution) finish() {
 	e.mu.Lock()
 	e.finished = true
-	for _, t := range []*time.Timer{e.late, e.next, e.drain} {
+	for _, t := range []*time.Timer{e.late, e.next, e.drain, e.spare} {
 		if t != nil {
 			t.Stop()
 		}
@@ -671,8 +672,9 @@ func (e *execution) lookAfter() {
 				waited = max(waited, now.waited-e.then[i].waited)
 			}
 			if waited >= delay || now.received-e.then[i].received > maxTail {
+				s := e.sweep
 				e.mu.Unlock()
-				e.cutOutputs()
+				e.afterSweep(s, e.cutOutputs)
 				return
 			}
 			again = max(again, delay-waited, 10*time.Millisecond)
@@ -685,6 +687,19 @@ func (e *execution) lookAfter() {
 		}
 		e.mu.Unlock()
 	})
+}
+
+// afterSweep calls cut, which ends a wait: at once, unless what the command left behind is being killed. That may be what is waited for, and its
+// end lets all the rest come, for which there is a moment then. The killing has a bound of its own.
+func (e *execution) afterSweep(s *sweep, cut func()) {
+	if s == nil {
+		cut()
+		return
+	}
+	<-s.done // finish sees to it
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.spare = time.AfterFunc(statusGrace, cut)
 }
 
 // cutLink ends all connections when they are found to be dead. LXD ends the command when it notices.
@@ -724,8 +739,8 @@ func (e *execution) interrupt() {
 			return
 		}
 		if !e.exited.IsZero() {
-			e.clean(false)
-			e.next = time.AfterFunc(e.waitDelay(), e.cutOff)
+			s := e.clean(false)
+			e.next = time.AfterFunc(e.waitDelay(), func() { e.step(func() { e.afterSweep(s, e.cutOff) }) })
 			e.mu.Unlock()
 			return
 		}

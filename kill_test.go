@@ -68,6 +68,8 @@ var descend = []struct {
 	code   int
 	killed int // at least; what the command itself started may have ended by TERM, too
 	want   string
+
+	blocked bool // its input neither comes nor ends
 }{
 	{name: "child", script: `sleep $1 & echo up; wait`, code: 143, killed: 1, want: "it was ended by TERM; "},
 	{name: "grandchildren", script: `sh -c 'sh -c "sleep $1; :" sh $1 & sh -c "sleep $1; :" sh $1 & echo up; wait' sh $1; :`, code: 143, killed: 5},
@@ -91,6 +93,18 @@ setsid sh /tmp/watch-$1 $1 $$ & echo up; wait; rm -f /tmp/watch-$1`, code: 143, 
 	{name: "pid namespace", script: `setsid unshare -f -p sleep $1 & while ! grep -q "sleep$" /proc/[0-9]*/comm; do :; done; echo up; wait`, code: 143, killed: 1},
 	{name: "other user", script: `setsid sleep $1 & sleep $1 & echo up; wait`, cmd: transport.Command{User: &transport.User{UID: 1000, GID: 1000}}, code: 143, killed: 2},
 	{name: "terminal", script: `setsid sleep $1 & sleep $1 & echo up; wait`, cmd: transport.Command{TTY: &transport.TTY{}}, code: 143},
+	{name: "terminal, and TERM ignored", script: `trap '' TERM HUP; setsid sleep $1 & sleep $1 & echo up; while :; do wait; done`,
+		cmd: transport.Command{TTY: &transport.TTY{}, WaitDelay: 200 * time.Millisecond}, code: 137, killed: 1, want: "it was ended by KILL; "},
+	{name: "input that nobody reads", script: `sleep $1 & echo up; wait`, cmd: transport.Command{Stdin: zeros{}}, code: 143, killed: 1},
+	{name: "input that does not come", script: `sleep $1 & echo up; cat; wait`, blocked: true, code: 143, killed: 1},
+	{name: "itself stopped", script: `sleep $1 & (while ! grep -q ") T" /proc/$$/stat; do usleep 10000; done; echo up) & kill -STOP $$; echo no`,
+		cmd: transport.Command{WaitDelay: 200 * time.Millisecond}, code: 137, killed: 1, want: "it was ended by KILL; "},
+	{name: "forked twice", script: `(sh -c '(sleep $1 & sleep $1 & ) & sleep $1 &' sh $1 &); usleep 100000; echo up; exec sleep $1`, code: 143, killed: 3},
+	{name: "two hundred", script: `b() { trap '' TERM HUP; if [ $2 -gt 0 ]; then b $1 $(($2-1)) & b $1 $(($2-1)) & fi; setsid sleep $1 & wait; }
+b $1 6 & while [ $(grep -l sleep /proc/[0-9]*/comm 2>/dev/null | wc -l) -lt 127 ]; do usleep 100000; done; echo up; wait`, code: 143, killed: 200},
+	{name: "other signal", script: `sleep $1 & echo up; wait`, cmd: transport.Command{CancelSignal: transport.SIGUSR1}, code: 138, killed: 1, want: "it was ended by USR1; "},
+	{name: "a status of its own", script: `trap 'exit 7' TERM; sleep $1 & echo up; while :; do wait; done`, code: 7, killed: 1, want: "it ended by itself after TERM; "},
+	{name: "success after TERM", script: `trap 'exit 0' TERM; sleep $1 & echo up; while :; do wait; done`, killed: 1, want: "it ended by itself after TERM; "},
 	{name: "many lines in the environment", script: `setsid sleep $1 & echo up; wait`, cmd: transport.Command{Env: map[string]string{
 		"LINES": strings.Repeat("\nTRANSPORT_COMMAND_X=1\n\\", 100)}}, code: 143, killed: 1},
 }
@@ -103,6 +117,11 @@ func TestNothingIsLeftOfTheCancelled(t *testing.T) {
 		for i, c := range descend {
 			t.Run(c.name, func(t *testing.T) {
 				t.Parallel()
+				if c.blocked {
+					stdin, end := io.Pipe()
+					defer end.Close()
+					c.cmd.Stdin = stdin
+				}
 				cancelAndLook(t, newLXD(t, servers[i%len(servers)], instance, nil), instance, c.script, c.cmd, c.code, c.killed, c.want)
 			})
 		}
@@ -268,4 +287,38 @@ func TestReaperIsHeardToItsEnd(t *testing.T) {
 	})})
 	assert.ErrorIs(t, err, errKillTest)
 	assert.ErrorContains(t, err, "descendants killed: 1")
+}
+
+// What is killed may take longer than WaitDelay, on a server that tells the end of a command when the last one has gone that holds its output: the
+// status comes all the same.
+func TestStatusWaitsForTheKilling(t *testing.T) {
+	t.Parallel()
+	for name, own := range map[string]string{"ended by TERM": "wait", "ended by itself": "exit 3"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := fake(t, false, lxdtest.LocalCommands(""), func(v *lxdtest.Version) { *v = lxdtest.LXD50 })
+			host := newLXD(t, connect(t, s), "c1", nil)
+			ctx, cancel := context.WithCancelCause(soon(t))
+			defer cancel(nil)
+			up := make(chan struct{})
+			p, err := host.Start(ctx, transport.Command{Args: transport.Shell("sleep 1000 & echo up; " + own), Stdout: upThen(func() { close(up) }), WaitDelay: 500 * time.Millisecond})
+			require.NoError(t, err)
+			<-up
+			want := 143
+			if own != "wait" {
+				want = 3
+				for p.Signal(transport.SIGCONT) == nil { // until its end has been seen
+					<-time.After(time.Millisecond)
+				}
+			}
+			s.Inject(lxdtest.Fault{Route: lxdtest.RouteExec, Do: lxdtest.Delay(1800 * time.Millisecond)})
+			cancel(errKillTest)
+			err = p.Wait()
+			code, _ := transport.ExitCode(err)
+			assert.Equal(t, want, code, "%v", err)
+			assert.ErrorIs(t, err, errKillTest)
+			assert.NotErrorIs(t, err, transport.ErrOutputLost)
+			assert.ErrorContains(t, err, name+"; descendants killed: 1")
+		})
+	}
 }
