@@ -289,6 +289,33 @@ func TestReaperIsHeardToItsEnd(t *testing.T) {
 	assert.ErrorContains(t, err, "descendants killed: 1")
 }
 
+// In an instance where processes come and go all the time, many of which have no environment, the search has an end all the same.
+func TestKillingInABusyInstance(t *testing.T) {
+	reallxd.Need(t)
+	leavesNothing(t, func(t *testing.T) {
+		instance := reallxd.Own(t, reallxd.Unix(t))
+		host := newLXD(t, reallxd.Unix(t), instance, nil)
+		ctx, cancel := context.WithCancel(soon(t))
+		var busy sync.WaitGroup
+		defer busy.Wait()
+		defer cancel()
+		for range 3 {
+			up := make(chan struct{})
+			busy.Go(func() {
+				host.Exec(ctx, transport.Command{Args: transport.Shell("echo up; while :; do env -i sleep 0.01; done"), Stdout: upThen(func() { close(up) })})
+			})
+			<-up
+		}
+		quickest := time.Hour
+		for range 3 {
+			start := time.Now()
+			cancelAndLook(t, newLXD(t, reallxd.Unix(t), instance, nil), instance, `setsid sleep $1 & echo up; wait`, transport.Command{}, 143, 1, "it was ended by TERM; ")
+			quickest = min(quickest, time.Since(start))
+		}
+		assert.Less(t, quickest, 2500*time.Millisecond, "that is 50 rounds with their pauses, and 500 ms before there is no confirmation any more")
+	})
+}
+
 // What is killed may take longer than WaitDelay, on a server that tells the end of a command when the last one has gone that holds its output: the
 // status comes all the same.
 func TestStatusWaitsForTheKilling(t *testing.T) {
