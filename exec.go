@@ -42,9 +42,13 @@ const (
 	// connectPatience is how long sockets take to connect before the operation is watched meanwhile.
 	connectPatience = time.Second
 
-	// connectGrace is how long after the command's end the answers to its sockets' requests may still come: the output is in them. LXD
-	// has to be asked for the status again within forgetAfter.
-	connectGrace = 3 * time.Second
+	// arrivalGrace is how long, after the end of a command that has run before its sockets were all connected here, their answers may be on
+	// their way.
+	arrivalGrace = 3 * time.Second
+
+	// childGrace is how long after the command's end its status is waited for at least: LXD since 5.0.3 waits a second for whoever holds the
+	// output.
+	childGrace = 2500 * time.Millisecond
 
 	// maxTail is the most output that is taken after the command's end once WaitDelay has passed: more than pipes and sockets
 	// hold, so that what comes after it is from a process that the command left behind.
@@ -321,8 +325,10 @@ func (e *execution) request() (map[string]string, error) {
 // Stdin's is asked for when control stands: a command that ended before would leave nobody to be told of, and LXD 5.0 dies of a
 // socket that is connected just when an operation ends.
 func (e *execution) connect(secrets map[string]string) error {
-	ctx, cancel := within(e.ctx, connectTimeout)
-	defer cancel()
+	ctx, stop := within(e.ctx, connectTimeout)
+	defer stop()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
 	type result struct {
 		name string
 		conn *websocket.Conn
@@ -353,11 +359,10 @@ func (e *execution) connect(secrets map[string]string) error {
 	watch := time.AfterFunc(connectPatience, func() {
 		f := e.t.waitOperation(ctx, e.id, ctx)
 		switch {
-		case f.exited: // then all sockets are connected as the server sees it, and its answers are under way
-			pause(ctx, connectGrace)
-			cancel()
+		case f.exited: // it has got them all, and its answers are on their way
+			time.AfterFunc(arrivalGrace, func() { cancel(errOver) })
 		case f.err == nil:
-			cancel()
+			cancel(errOver)
 		}
 		watched <- f
 	})
@@ -380,11 +385,11 @@ func (e *execution) connect(secrets map[string]string) error {
 		if d, ok := errors.AsType[*dialError](r.err); ok && d.refused && r.name != "control" {
 			refused = true // without it the command does not start
 		}
-		cancel() // the others are of no use any more
+		cancel(r.err) // the others are of no use any more
 	}
 	known := fate{err: errors.New("the server was not asked")}
 	if !watch.Stop() {
-		cancel()
+		cancel(nil)
 		known = <-watched
 	}
 	if first != nil {
@@ -454,6 +459,9 @@ func (e *execution) hangUp(o *output) {
 		abort(o.conn)
 	}
 }
+
+// errOver is why sockets are not waited for any more.
+var errOver = errors.New("LXD has ended the operation before all were there")
 
 // notConnected makes the error of a command of which not all sockets could be connected, all others being closed. refused says that the
 // server has not connected one that the command needs; f, unless it is an error, is what became of it.
@@ -711,7 +719,7 @@ func (e *execution) cutOutputs() {
 		e.mu.Lock()
 		e.noteBroken()
 		e.cut = true
-		e.drain = time.AfterFunc(statusGrace, e.cutOff)
+		e.drain = time.AfterFunc(max(statusGrace, childGrace-time.Since(e.exited)), e.cutOff)
 		e.mu.Unlock()
 		e.closeAll()
 	})
