@@ -92,6 +92,8 @@ func TestDaemonOfItsOwn(t *testing.T) {
 			return newLXD(t, d.Servers(t)[0], instance, nil)
 		}
 
+		outOfFiles(t, d, instance)
+
 		// Shorter than Liveness: nothing is to be seen of it.
 		stdin, end := io.Pipe()
 		ready := make(chan struct{})

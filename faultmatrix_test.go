@@ -405,7 +405,7 @@ func (c cell) stalled() verdicts {
 
 // needsContext reports whether nothing but the end of ctx can end the cell: the server says that the command runs.
 func (c cell) needsContext() bool {
-	if c.work.cancel && (c.spot.socket == "1" || c.work.tty) {
+	if c.work.cancel && (c.spot.socket == "1" || c.work.tty) && c.harm.class != "delayed" {
 		return true // the output that ends it may not come
 	}
 	if c.harm.class != "stalled" {

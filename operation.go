@@ -51,6 +51,8 @@ func (f fate) notStarted() bool {
 	for _, s := range []string{
 		"Timed out waiting for websockets to connect",
 		"argument list too long",         // of the server's helper
+		"fork/exec ",                     // the helper's, whatever the reason
+		"pipe2: ",                        // for its output: too many open files
 		"PID of executing child process", // "Failed to retrieve", "Failed retrieving": the helper did not get so far
 		"agent isn't currently running",  // of a virtual machine
 		"agent is not currently running", // newer
@@ -96,6 +98,7 @@ func (t *LXD) waitOperation(ctx context.Context, id string, ended context.Contex
 	wait := url.Values{"timeout": {strconv.Itoa(int(every / time.Second))}}
 	failing := time.Now() // since when no answer has come
 	last := errNoAnswer
+	var lost time.Time // since when, after ended, none has come
 	for {
 		asked := time.Now()
 		left := t.liveness - time.Since(failing)
@@ -116,15 +119,14 @@ func (t *LXD) waitOperation(ctx context.Context, id string, ended context.Contex
 		case ctx.Err() != nil:
 			return fate{err: last}
 		case err == nil:
-			failing = time.Now()
+			failing, lost = time.Now(), time.Time{}
 			last = errRunning
 		default:
 			last = err
-			patience := t.liveness
-			if ended.Err() != nil {
-				patience = min(patience, forgetAfter)
+			if ended.Err() != nil && lost.IsZero() {
+				lost = time.Now()
 			}
-			if time.Since(failing) >= patience {
+			if time.Since(failing) >= t.liveness || !lost.IsZero() && time.Since(lost) >= forgetAfter {
 				return fate{err: fmt.Errorf("the server has not answered for %v: %w", time.Since(failing).Round(time.Second), err)}
 			}
 		}

@@ -312,6 +312,45 @@ func TestReturnThatIsNoStatus(t *testing.T) {
 	})
 }
 
+// What LXD says of a command that it could not start is told from other failures.
+func TestFailuresBeforeTheStart(t *testing.T) {
+	t.Parallel()
+	s := fake(t, false, commands, nil)
+	host := newLXD(t, connect(t, s), "c1", nil)
+	for text, notStarted := range map[string]bool{
+		"Timed out waiting for websockets to connect":       true,
+		"fork/exec /usr/bin/lxd: argument list too long":    true,
+		"fork/exec /usr/bin/lxd: too many open files":       true,
+		"pipe2: too many open files":                        true,
+		"Failed to retrieve PID of executing child process": true,
+		"too many open files":                               false,
+		"":                                                  false,
+	} {
+		body := fmt.Sprintf(`{"type":"sync","metadata":{"id":"x","status_code":400,"err":%q,"metadata":null}}`, text)
+		err := execUnder(t, s, host, transport.Command{Args: []string{"exit", "0"}}, lxdtest.Fault{Route: lxdtest.RouteWait, Do: lxdtest.Respond(200, "application/json", body)})
+		assert.Error(t, err)
+		assert.Equal(t, notStarted, errors.Is(err, transport.ErrNotStarted), "%v", err)
+	}
+}
+
+// A request that has waited for longer than LXD remembers an operation may fail: there is time for another one all the same.
+func TestLongWaitThatFailsAtTheEnd(t *testing.T) {
+	t.Parallel()
+	s := fake(t, false, commands, nil)
+	host := newLXD(t, connect(t, s), "c1", nil)
+	up := make(chan struct{})
+	p, err := host.Start(soon(t), transport.Command{Args: []string{"wait"}, Stdout: upThen(func() { close(up) })})
+	require.NoError(t, err)
+	<-up
+	s.Inject(lxdtest.Fault{Route: lxdtest.RouteWait, Moment: lxdtest.OnSend, Do: lxdtest.Drop}, lxdtest.Fault{Route: lxdtest.RouteOperation, Nth: 1, Do: lxdtest.Drop},
+		lxdtest.Fault{Route: lxdtest.RouteExec, Moment: lxdtest.OnFinal, Do: lxdtest.Delay(1500 * time.Millisecond)})
+	<-time.After(5500 * time.Millisecond)
+	require.NoError(t, p.Signal(transport.SIGTERM))
+	err = p.Wait()
+	code, _ := transport.ExitCode(err)
+	assert.Equal(t, 143, code, "%v", err)
+}
+
 func TestDaemonThatDies(t *testing.T) {
 	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
 		up := make(chan struct{})

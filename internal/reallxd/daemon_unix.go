@@ -108,6 +108,27 @@ func (d *Daemon) Stop(t testing.TB) { t.Helper(); d.signal(t, syscall.SIGSTOP) }
 // Continue ends what Stop began.
 func (d *Daemon) Continue(t testing.TB) { t.Helper(); d.signal(t, syscall.SIGCONT) }
 
+// LimitFiles lets it have no more than so many descriptors besides those that it has. The returned function takes the limit off.
+func (d *Daemon) LimitFiles(t testing.TB, more int) (lift func()) {
+	t.Helper()
+	pid := strconv.Itoa(d.pid(t))
+	prlimit := func(args ...string) string {
+		t.Helper()
+		out, err := exec.Command("prlimit", append([]string{"--pid", pid}, args...)...).CombinedOutput()
+		if err != nil {
+			t.Errorf("prlimit: %v\n%s", err, out)
+		}
+		return strings.TrimSpace(string(out))
+	}
+	open, err := os.ReadDir("/proc/" + pid + "/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := prlimit("--nofile", "--noheadings", "--raw", "--output=SOFT")
+	prlimit(fmt.Sprintf("--nofile=%d:", len(open)+more))
+	return func() { prlimit("--nofile=" + before + ":") }
+}
+
 // Servers returns the ways to it, new connections each time.
 func (d *Daemon) Servers(t testing.TB) []Server {
 	t.Helper()
