@@ -106,39 +106,6 @@ func TestSocketThatNeverConnects(t *testing.T) {
 	}
 }
 
-// A command may end before we have seen that its last socket is connected, on a busy machine: what it wrote is in there.
-func TestCommandThatEndsBeforeItsSocketsAreSeen(t *testing.T) {
-	t.Parallel()
-	s := fake(t, false, commands, nil)
-	told := make(chan struct{})
-	var once sync.Once
-	s.Inject(lxdtest.Fault{Route: lxdtest.RouteWait, Moment: lxdtest.OnResponse, Do: func(*lxdtest.Point) lxdtest.Verdict {
-		once.Do(func() { close(told) })
-		return lxdtest.Proceed
-	}})
-	host := newLXD(t, connect(t, s), "c1", nil)
-	var made atomic.Int64
-	transport.WrapSockets(host, func(c net.Conn) net.Conn {
-		if made.Add(1) == 4 { // not control's, which is there before stdin's
-			return lateConn{c, told}
-		}
-		return c
-	})
-	assert.NoError(t, host.Exec(soon(t), transport.Command{Args: []string{"exit", "0"}}))
-}
-
-// lateConn delivers nothing before told is closed and half a second more has passed.
-type lateConn struct {
-	net.Conn
-	told <-chan struct{}
-}
-
-func (c lateConn) Read(p []byte) (int, error) {
-	<-c.told
-	<-time.After(500 * time.Millisecond)
-	return c.Conn.Read(p)
-}
-
 // A server that takes a request and never answers is given up, also without the end of ctx.
 func TestRequestThatIsNeverAnswered(t *testing.T) {
 	t.Parallel()
