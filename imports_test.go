@@ -46,7 +46,7 @@ var table = []row{
 	{folder: "ssh", imports: []string{module, "golang.org/x/crypto", "github.com/pkg/sftp"}, tests: append(testing_, module+"/transporttest", module+"/ssh")},
 	{folder: "builder/lxd", imports: append(lxdClient, module+"/builder"), tests: append(testing_, module+"/lxdtest", module+"/internal/reallxd", module+"/builder/lxd")},
 	{folder: "builder", tests: testing_},
-	{folder: "provisioner", imports: []string{module}, tests: append(testing_, module+"/local", module+"/provisioner")},
+	{folder: "provisioner", imports: []string{module}, tests: append(append(testing_, lxdClient...), module+"/local", module+"/provisioner", module+"/builder", module+"/internal/reallxd")},
 	{folder: "job", imports: []string{module, module + "/builder", module + "/provisioner", "go.yaml.in/yaml/v3"}, tests: append(append(testing_, lxdClient...), module+"/job", module+"/local", module+"/lxdtest", module+"/internal/reallxd")},
 	{folder: "cmd", free: true},
 	{folder: "examples", free: true},
