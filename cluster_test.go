@@ -1,9 +1,12 @@
 package transport_test
 
 import (
+	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 	"sync"
 	"testing"
@@ -179,6 +182,62 @@ func TestClusterLosesMembers(t *testing.T) {
 			t.Logf("%s to %s: %d succeeded, %d not started, %d not known; %.1f s at most", l.entry.Name, there.Name, good, refused, unknown, longest.Seconds())
 		}
 	}
+}
+
+// TestClusterRunningCommand: what runs on a member, and was begun through it, does not notice that another dies, nor that its transport
+// enters the cluster elsewhere.
+func TestClusterRunningCommand(t *testing.T) {
+	members := reallxd.Cluster(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*clusterBound)
+	defer cancel()
+	dial := func(entry reallxd.Member, instance string) *transport.LXD {
+		host, err := transport.DialLXD(ctx, entry.Addr, instance, &transport.LXDOptions{
+			TLSClientCert: reallxd.File(t, "TRANSPORT_CLUSTER_CERT"),
+			TLSClientKey:  reallxd.File(t, "TRANSPORT_CLUSTER_KEY"),
+			TLSServerCert: reallxd.File(t, "TRANSPORT_CLUSTER_SERVER_CERT"),
+		})
+		require.NoError(t, err)
+		t.Cleanup(func() { assert.NoError(t, host.Close()) })
+		return host
+	}
+	dies, stays := members[0], members[1]
+	moves, host := dial(dies, stays.Instance), dial(stays, stays.Instance)
+	cat := func(host *transport.LXD) (say func(string), end func()) {
+		in, input := io.Pipe()
+		output, out := io.Pipe()
+		done := make(chan error, 1)
+		go func() {
+			err := host.Exec(ctx, transport.Command{Args: []string{"cat"}, Stdin: in, Stdout: out})
+			in.CloseWithError(err) // nobody takes it any more
+			out.CloseWithError(cmp.Or(err, io.EOF))
+			done <- err
+		}()
+		lines := bufio.NewScanner(output)
+		return func(line string) {
+				_, err := io.WriteString(input, line+"\n")
+				require.NoError(t, err)
+				require.True(t, lines.Scan(), "%v", lines.Err())
+				require.Equal(t, line, lines.Text())
+			}, func() {
+				input.Close()
+				require.False(t, lines.Scan())
+				require.NoError(t, <-done)
+			}
+	}
+	say, end := cat(host)
+	say("before")
+	up := sync.OnceFunc(func() { dies.Start(t) })
+	t.Cleanup(up)
+	dies.Kill(t)
+	say("without it")
+	assert.Eventually(t, func() bool { return moves.Exec(ctx, transport.Command{Args: []string{"true"}}) == nil }, clusterBound, 100*time.Millisecond)
+	sayMoved, endMoved := cat(moves) // through another member
+	sayMoved("moved")
+	up()
+	say("with it again")
+	sayMoved("with it again")
+	end()
+	endMoved()
 }
 
 // TestClusterWithoutQuorum: one member of three can do nothing, which is said in time. Nothing was started.

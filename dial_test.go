@@ -24,11 +24,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	lxd "github.com/canonical/lxd/client"
+	"github.com/canonical/lxd/shared/api"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -507,35 +510,44 @@ func TestEnroll(t *testing.T) {
 	assert.Empty(t, fake.Requests())
 }
 
-// TestRestrictedCertificate: it may work in its project, and is told that it may not elsewhere.
+// TestRestrictedCertificate: it may work in its project, and is told what it may not do elsewhere.
 func TestRestrictedCertificate(t *testing.T) {
 	t.Parallel()
 	reallxd.Need(t)
+	restricted(t, reallxd.Unix(t), os.Getenv("TRANSPORT_LXD_ADDR"), os.Getenv("TRANSPORT_LXD_IMAGE"), reallxd.Instance(t), "LXD 5.")
+}
+
+func TestRestrictedCertificateOnIncus(t *testing.T) {
+	t.Parallel()
+	servers, instance := reallxd.Incus(t)
+	restricted(t, servers[0], os.Getenv("TRANSPORT_INCUS_ADDR"), os.Getenv("TRANSPORT_INCUS_IMAGE"), instance, "Incus ")
+}
+
+func restricted(t *testing.T, server lxd.InstanceServer, address, image, outside, product string) {
+	t.Helper()
 	ctx := soon(t)
-	instance := reallxd.Instance(t)
-	lxc := func(args ...string) string {
-		out, err := exec.Command("lxc", args...).CombinedOutput() // not with ctx: some of it cleans up
-		require.NoError(t, err, "lxc %v: %s", args, out)
-		return string(out)
-	}
 	project := "restricted-" + strings.ToLower(rand.Text()[:6])
-	lxc("project", "create", project, "-c", "features.images=false", "-c", "features.profiles=false")
-	defer lxc("project", "delete", project)
-	lxc("launch", os.Getenv("TRANSPORT_LXD_IMAGE"), "inside", "--project", project)
-	defer lxc("delete", "-f", "inside", "--project", project)
-	token := lastLine(lxc("config", "trust", "add", "--name", project, "--restricted", "--projects", project))
-	c, err := transport.Enroll(ctx, "", token, nil)
+	reallxd.Do(t, server, http.MethodPost, "/1.0/projects", api.ProjectsPost{Name: project, ProjectPut: api.ProjectPut{
+		Config: map[string]string{"features.images": "false", "features.profiles": "false"},
+	}})
+	defer reallxd.Do(t, server, http.MethodDelete, "/1.0/projects/"+project, nil)
+	reallxd.Do(t, server, http.MethodPost, "/1.0/instances?project="+project, api.InstancesPost{Name: "inside", Source: api.InstanceSource{Type: "image", Alias: image}})
+	defer reallxd.Do(t, server, http.MethodDelete, "/1.0/instances/inside?project="+project, nil)
+	change := func(action string) {
+		reallxd.Do(t, server, http.MethodPut, "/1.0/instances/inside/state?project="+project, api.InstanceStatePut{Action: action, Force: true, Timeout: 30})
+	}
+	change("start")
+	defer change("stop")
+	c, err := transport.Enroll(ctx, address, tokenFrom(t, server, map[string]any{"name": project, "restricted": true, "projects": []string{project}}), nil)
 	require.NoError(t, err)
-	block, _ := pem.Decode([]byte(c.ClientCert))
-	sum := sha256.Sum256(block.Bytes)
-	defer lxc("config", "trust", "remove", hex.EncodeToString(sum[:])[:12])
+	defer distrust(t, server, c)
 
 	opts := c.Options()
 	opts.Project = project
 	host, err := transport.DialLXD(ctx, c.Address, "inside", opts)
 	works(t, host, err)
 	opts.Project = "default"
-	host, err = transport.DialLXD(ctx, c.Address, instance, opts)
+	host, err = transport.DialLXD(ctx, c.Address, outside, opts)
 	require.NoError(t, err)
 	defer host.Close()
 	for what, err := range map[string]error{
@@ -544,37 +556,82 @@ func TestRestrictedCertificate(t *testing.T) {
 		"download": host.Download(ctx, "/etc/passwd", io.Discard, nil),
 	} {
 		assert.ErrorIs(t, err, transport.ErrUnauthorized, what)
-		assert.ErrorContains(t, err, "project", what)
+		assert.ErrorContains(t, err, product, what)
+		assert.ErrorContains(t, err, `instance "`+outside+`" in project "default"`, what)
+		if what == "exec" {
+			assert.ErrorIs(t, err, transport.ErrNotStarted)
+			t.Log(err)
+		}
 	}
 }
 
-// TestEnrollOnIncus: a token of Incus's is the operation that waits for its use, as the incus command prints it.
-func TestEnrollOnIncus(t *testing.T) {
-	servers, instance := reallxd.Incus(t)
-	ctx := soon(t)
-	name := "enroll-" + strings.ToLower(rand.Text()[:6])
-	resp, _, err := servers[0].RawQuery(http.MethodPost, "/1.0/certificates", map[string]any{"type": "client", "name": name, "token": true}, "")
+// tokenFrom gets a token for a new client. It is made of the operation that waits for its use, as the servers' own commands do.
+func tokenFrom(t *testing.T, server lxd.InstanceServer, client map[string]any) string {
+	t.Helper()
+	client["type"], client["token"] = "client", true
+	resp, _, err := server.RawQuery(http.MethodPost, "/1.0/certificates", client, "")
 	require.NoError(t, err)
 	op, err := resp.MetadataAsOperation()
 	require.NoError(t, err)
 	token, err := json.Marshal(map[string]any{
-		"client_name": name, "fingerprint": op.Metadata["fingerprint"], "addresses": op.Metadata["addresses"], "secret": op.Metadata["secret"],
+		"client_name": client["name"], "fingerprint": op.Metadata["fingerprint"], "addresses": op.Metadata["addresses"], "secret": op.Metadata["secret"],
 		"expires_at": "0001-01-01T00:00:00Z",
 	})
 	require.NoError(t, err)
-	dir := filepath.Join(t.TempDir(), "credentials")
-	c, err := transport.Enroll(ctx, os.Getenv("TRANSPORT_INCUS_ADDR"), base64.StdEncoding.EncodeToString(token), &transport.EnrollOptions{Dir: dir})
-	require.NoError(t, err)
+	return base64.StdEncoding.EncodeToString(token)
+}
+
+// distrust ends the trust in a client.
+func distrust(t *testing.T, server lxd.InstanceServer, c *transport.Credentials) {
+	t.Helper()
 	block, _ := pem.Decode([]byte(c.ClientCert))
 	sum := sha256.Sum256(block.Bytes)
-	defer func() {
-		_, _, err := servers[0].RawQuery(http.MethodDelete, "/1.0/certificates/"+hex.EncodeToString(sum[:]), nil, "")
-		assert.NoError(t, err)
-	}()
+	reallxd.Do(t, server, http.MethodDelete, "/1.0/certificates/"+hex.EncodeToString(sum[:]), nil)
+}
+
+func TestEnrollOnIncus(t *testing.T) {
+	servers, instance := reallxd.Incus(t)
+	ctx := soon(t)
+	token := tokenFrom(t, servers[0], map[string]any{"name": "enroll-" + strings.ToLower(rand.Text()[:6])})
+	dir := filepath.Join(t.TempDir(), "credentials")
+	c, err := transport.Enroll(ctx, os.Getenv("TRANSPORT_INCUS_ADDR"), token, &transport.EnrollOptions{Dir: dir})
+	require.NoError(t, err)
+	defer distrust(t, servers[0], c)
 	host, err := transport.DialLXD(ctx, c.Address, instance, c.Options())
 	works(t, host, err)
-	_, err = transport.Enroll(ctx, c.Address, base64.StdEncoding.EncodeToString(token), &transport.EnrollOptions{Dir: dir})
+	_, err = transport.Enroll(ctx, c.Address, token, &transport.EnrollOptions{Dir: dir})
 	assert.NoError(t, err, "again")
+	_, err = transport.Enroll(ctx, c.Address, token, nil)
+	assert.ErrorIs(t, err, transport.ErrUnauthorized, "it has been used")
+	assert.NotContains(t, err.Error(), token)
+}
+
+// TestEnrollBadFiles: what is in the directory is not used, or replaced, where it is not fit for use, and nobody is asked.
+func TestEnrollBadFiles(t *testing.T) {
+	t.Parallel()
+	s := fakeServer(t, true)
+	token := base64.StdEncoding.EncodeToString([]byte(`{"client_name":"x","fingerprint":"` + strings.Repeat("0", 64) + `","addresses":["127.0.0.1:1"],"secret":"s"}`))
+	dir := t.TempDir()
+	cert, key := filepath.Join(dir, "client.crt"), filepath.Join(dir, "client.key")
+	for want, spoil := range map[string]func() error{
+		"can be read by others": func() error { return os.Chmod(key, 0o640) },
+		"is encrypted": func() error {
+			return os.WriteFile(key, pem.EncodeToMemory(&pem.Block{Type: "ENCRYPTED PRIVATE KEY", Bytes: []byte("x")}), 0o600)
+		},
+		"no such file": func() error { return os.Remove(key) },
+	} {
+		if want == "can be read by others" && runtime.GOOS == "windows" {
+			continue
+		}
+		require.NoError(t, os.WriteFile(cert, []byte(s.ClientCert), 0o644))
+		require.NoError(t, os.WriteFile(key, []byte(s.ClientKey), 0o600))
+		require.NoError(t, os.Chmod(key, 0o600))
+		require.NoError(t, spoil())
+		_, err := transport.Enroll(soon(t), s.URL, token, &transport.EnrollOptions{Dir: dir})
+		assert.ErrorContains(t, err, want)
+		assert.ErrorContains(t, err, key)
+	}
+	assert.Empty(t, s.Requests())
 }
 
 // TestClusterEntry: the member at the connection's address is gone, or hangs; another takes its place.

@@ -177,6 +177,14 @@ func setState(s lxd.InstanceServer, name, action string) error {
 	return do(s, http.MethodPut, "/1.0/instances/"+name+"/state", api.InstanceStatePut{Action: action, Force: true, Timeout: 30})
 }
 
+// Do sends a request and waits for its operation.
+func Do(t testing.TB, s lxd.InstanceServer, method, path string, body any) {
+	t.Helper()
+	if err := do(s, method, path, body); err != nil {
+		t.Error(err)
+	}
+}
+
 // do sends a request and waits for its operation, without the events socket that the client's own calls leave open.
 func do(s lxd.InstanceServer, method, path string, body any) error {
 	resp, _, err := s.RawQuery(method, path, body, "")
