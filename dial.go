@@ -33,7 +33,8 @@ var ErrNoServer = errors.New("no server")
 //   - https://host:port and unix:///path are used as they are.
 //
 // What opts has wins over what is stored. The server's certificate has to be the one that is stored for the remote, or that opts pins, on
-// every connection; in PKI mode (client.ca) it has to come from that authority; without any of these from one that the system trusts.
+// every connection; where none is stored, it has to come from the authority of the configuration (client.ca: PKI mode), or without that from one that
+// the system trusts.
 // Nothing is sent before that was checked.
 //
 // DialLXD asks the server who it is, and whether it trusts us; ctx bounds that only. The errors match [ErrUnauthorized] where it does not.
@@ -204,7 +205,7 @@ func dialHTTPS(ctx context.Context, r *clientconfig.Remote, opts *LXDOptions) (l
 		u.Host += ":8443" // as lxc has it
 	}
 	args := &lxd.ConnectionArgs{TLSClientCert: r.ClientCert, TLSClientKey: r.ClientKey, TLSCA: r.CA, SkipGetServer: true}
-	if opts.TLSServerCert == "" && opts.ServerFingerprint == "" && r.CA == "" {
+	if opts.TLSServerCert == "" && opts.ServerFingerprint == "" {
 		opts.TLSServerCert = r.ServerCert
 	}
 	want, err := opts.pin()

@@ -312,6 +312,8 @@ func TestDialCertificates(t *testing.T) {
 		"trusted, and for the name, but other": {server: good, stored: inPEM(stranger), ca: ""},
 		"of the authority":                     {server: good, ca: inPEM(ca), ok: true},
 		"of the authority, but expired":        {server: expired, ca: inPEM(ca)},
+		"of another authority, but stored":     {server: stranger, stored: inPEM(stranger), ca: inPEM(ca), ok: true},
+		"of the authority, another stored":     {server: good, stored: inPEM(stranger), ca: inPEM(ca)},
 		"of no authority":                      {server: stranger, ca: inPEM(ca)},
 		"unknown":                              {server: stranger},
 	} {

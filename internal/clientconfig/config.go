@@ -27,7 +27,7 @@ type Remote struct {
 
 	ClientCert, ClientKey string // PEM; "": none
 	ServerCert            string // PEM, what the server's certificate was when the remote was added; "": none
-	CA                    string // PEM, of a server in PKI mode
+	CA                    string // PEM, of servers in PKI mode, whose certificates are not stored
 	Tokens                []byte // JSON, of OIDC
 	TokensFile            string // where they stand
 }
@@ -148,7 +148,9 @@ func (s *stub) remote(dir, file, name string) (*Remote, error) {
 		*to = string(b)
 	}
 	load(&r.ServerCert, "servercerts", name+".crt")
-	load(&r.CA, "client.ca")
+	if r.Auth != "oidc" { // as for lxc
+		load(&r.CA, "client.ca")
+	}
 	var tokens string
 	load(&tokens, "oidctokens", name+".json")
 	r.Tokens, r.TokensFile = []byte(tokens), filepath.Join(dir, "oidctokens", name+".json")
