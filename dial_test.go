@@ -525,6 +525,13 @@ func TestRestrictedCertificateOnIncus(t *testing.T) {
 	restricted(t, servers[0], os.Getenv("TRANSPORT_INCUS_ADDR"), os.Getenv("TRANSPORT_INCUS_IMAGE"), instance, "Incus ")
 }
 
+// A restricted identity may not ask for the cluster's members.
+func TestRestrictedCertificateOnCluster(t *testing.T) {
+	t.Parallel()
+	members := reallxd.Cluster(t)
+	restricted(t, members[0].Unix(t), members[0].Addr, os.Getenv("TRANSPORT_CLUSTER_IMAGE"), members[2].Instance, "LXD 5.")
+}
+
 func restricted(t *testing.T, server lxd.InstanceServer, address, image, outside, product string) {
 	t.Helper()
 	ctx := soon(t)
