@@ -3,6 +3,7 @@ package provisioner_test
 import (
 	"bytes"
 	"context"
+	"os"
 	"strings"
 	"testing"
 
@@ -23,7 +24,11 @@ func debian(t *testing.T) (transport.Transport, *builder.Host) {
 	server := reallxd.Unix(t)
 	t.Cleanup(server.Disconnect)
 	if _, _, err := server.GetImageAlias("debian/12"); err != nil {
-		t.Skip("needs a Debian image: scripts/lxd debian")
+		const how = "needs a Debian image: scripts/lxd debian"
+		if os.Getenv("REQUIRE_DEBIAN") == "1" {
+			t.Fatal(how)
+		}
+		t.Skip(how)
 	}
 	hosts, err := lxdbuilder.New(server, &lxdbuilder.Options{Prefix: "prov", Profiles: []string{"default", "network"}})
 	require.NoError(t, err)
