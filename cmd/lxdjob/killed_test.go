@@ -23,7 +23,7 @@ import (
 // moments is how many runs are ended at a random moment, by each of the signals.
 func moments(t *testing.T) int {
 	if os.Getenv("LXDJOB_MOMENTS") == "" {
-		return 5
+		return 3
 	}
 	n, err := strconv.Atoi(os.Getenv("LXDJOB_MOMENTS"))
 	require.NoError(t, err, "LXDJOB_MOMENTS")
