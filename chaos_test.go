@@ -256,7 +256,7 @@ func TestHalfOpenOldConnections(t *testing.T) {
 			assert.ErrorIs(t, err, transport.ErrOutputLost)
 			assert.ErrorContains(t, err, "it was ended by KILL; descendants killed: 1")
 		})
-		if os.Getenv("TRANSPORT_SLOW_TESTS") == "" {
+		if !slowTests {
 			return // the rest takes 45 s
 		}
 		for _, w := range work {
@@ -510,7 +510,7 @@ func heapInUse() uint64 {
 
 // A reader that takes nothing for longer than the 120 s after which LXD cuts a TCP connection.
 func TestReaderThatStallsForLong(t *testing.T) {
-	if os.Getenv("TRANSPORT_SLOW_TESTS") == "" {
+	if !slowTests {
 		t.Skip("takes 130 s; TRANSPORT_SLOW_TESTS=1 runs it")
 	}
 	reallxd.Need(t)

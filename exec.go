@@ -488,6 +488,9 @@ func (e *execution) notConnected(first error, refused bool, f fate) error {
 		}
 		f = e.fateWithout() // until what held it open had been killed, it may not have ended
 	}
+	if cause := context.Cause(e.ctx); cause != nil && !errors.Is(first, cause) { // it has ended meanwhile
+		first = &causes{text: fmt.Sprintf("%v; %v", cause, first), errs: []error{cause, first}}
+	}
 	switch {
 	case f.notStarted():
 		return notStarted(fmt.Errorf("the sockets could not all be connected: %w", first))

@@ -63,7 +63,7 @@ func host127(t *testing.T) string { return strings.NewReplacer("/", "-").Replace
 
 func TestManyInARowAndAtOnce(t *testing.T) {
 	onLXD(t, func(t *testing.T, host *transport.LXD) {
-		for range 200 {
+		for range sized(200, 50) {
 			require.NoError(t, host.Exec(soon(t), transport.Command{Args: []string{"true"}}))
 		}
 		errs := make(chan error, 100)

@@ -98,14 +98,14 @@ func holdsOnly(t *testing.T, host *transport.LXD, dir string, names ...string) {
 func TestFileUpAndDown(t *testing.T) {
 	onFiles(t, func(t *testing.T, host *transport.LXD) {
 		dir := scratch(t, host)
-		const size = 256 << 20
+		size := int64(sized(256<<20, 64<<20))
 		in := newRandom(size)
 		var sent, before int64
 		require.NoError(t, host.Upload(soon(t), dir+"/big", in, &transport.UploadOptions{Progress: func(n int64) {
 			assert.GreaterOrEqual(t, n, before)
 			before, sent = n, n
 		}}))
-		assert.EqualValues(t, int64(size), sent)
+		assert.Equal(t, size, sent)
 		holdsOnly(t, host, dir, "big")
 
 		var received int64

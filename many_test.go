@@ -2,7 +2,6 @@ package transport_test
 
 import (
 	"errors"
-	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -26,7 +25,7 @@ func TestThousandAtOnce(t *testing.T) {
 	leavesNothing(t, func(t *testing.T) {
 		instance := reallxd.Own(t, reallxd.Unix(t))
 		limits := []int{50}
-		if os.Getenv("TRANSPORT_SLOW_TESTS") != "" {
+		if slowTests {
 			limits = append(limits, 0)
 		}
 		for _, most := range limits {

@@ -38,6 +38,17 @@ func TestMain(m *testing.M) {
 // patience is how long a test waits for what has to come.
 const patience = 30 * time.Second
 
+// slowTests asks for the tests that mostly wait, and for the full size of those that are smaller otherwise.
+var slowTests = os.Getenv("TRANSPORT_SLOW_TESTS") != ""
+
+// sized is full where slow tests are asked for.
+func sized(full, otherwise int) int {
+	if slowTests {
+		return full
+	}
+	return otherwise
+}
+
 func soon(t testing.TB) context.Context {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 4*patience)

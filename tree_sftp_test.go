@@ -270,8 +270,8 @@ func TestTreeOverSFTPWithLimitsAndMatch(t *testing.T) {
 func TestTreeOverSFTPIsCancelled(t *testing.T) {
 	onLXD(t, func(t *testing.T, host *transport.LXD) {
 		at := scratch(t, host)
-		tree := fstest.MapFS{"zero": {Data: make([]byte, 64<<20), Mode: 0o644}}
-		for i := range 5000 {
+		tree := fstest.MapFS{"zero": {Data: make([]byte, 44<<20), Mode: 0o644}}
+		for i := range sized(5000, 1500) {
 			tree[fmt.Sprintf("d%d/%d", i%50, i)] = &fstest.MapFile{Data: make([]byte, 3000), Mode: 0o644}
 		}
 		mine := errors.New("enough")

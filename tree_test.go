@@ -128,7 +128,7 @@ func TestTreeOfAnotherUser(t *testing.T) {
 // TestTreeIsInterrupted: in the middle of a tree, in both directions, on every way. Nothing is left, and it can be run again.
 func TestTreeIsInterrupted(t *testing.T) {
 	onTars(t, func(t *testing.T, host *transport.LXD) {
-		src := filepath.Join(goroot(t), "src", "cmd")
+		src := filepath.Join(goroot(t), "src", "crypto")
 		for _, down := range []bool{false, true} {
 			ctx, cancel := context.WithCancelCause(soon(t))
 			why := errors.New("enough")

@@ -373,7 +373,10 @@ func TestDaemonThatDies(t *testing.T) {
 
 // A server that does nothing any more cannot hold Exec beyond its bound.
 func TestServerThatStalls(t *testing.T) {
-	onFakeThatWaits(t, shortWindow, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+	t.Parallel()
+	var all sync.WaitGroup // they do nothing but wait, and need no turns of their own
+	defer all.Wait()
+	for _, v := range lxdtest.Versions() {
 		for name, f := range map[string]lxdtest.Fault{
 			"request": {Route: lxdtest.RouteExec, Do: lxdtest.Stall},
 			"dial":    websocket("1", lxdtest.OnRequest, lxdtest.Stall),
@@ -381,18 +384,21 @@ func TestServerThatStalls(t *testing.T) {
 			"control": websocket("control", lxdtest.OnReceive, lxdtest.Stall),
 			"mark":    websocket("1", lxdtest.OnMark, lxdtest.Stall),
 		} {
-			t.Run(name, func(t *testing.T) {
+			s := fake(t, v.Name == lxdtest.LXD6.Name, commands, func(f *lxdtest.Version) { *f = v; f.ConnectWindow = shortWindow })
+			host := newLXD(t, connect(t, s), "c1", nil)
+			ctx := soon(t)
+			all.Go(func() {
 				s.Inject(f)
-				defer s.ClearFaults()
-				ctx, cancel := context.WithTimeout(soon(t), 300*time.Millisecond)
+				ctx, cancel := context.WithTimeout(ctx, 300*time.Millisecond)
 				defer cancel()
 				start := time.Now()
 				err := host.Exec(ctx, transport.Command{Args: []string{"wait"}, WaitDelay: 200 * time.Millisecond})
-				assert.ErrorIs(t, err, context.DeadlineExceeded)
-				assert.Less(t, time.Since(start), patience)
+				s.ClearFaults()
+				assert.ErrorIs(t, err, context.DeadlineExceeded, "%s: %s", v.Name, name)
+				assert.Less(t, time.Since(start), patience, "%s: %s", v.Name, name)
 			})
 		}
-	})
+	}
 }
 
 // A stream that the server never ends is cut when the command has been over for WaitDelay.
