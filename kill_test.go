@@ -289,6 +289,26 @@ func TestReaperIsHeardToItsEnd(t *testing.T) {
 	assert.ErrorContains(t, err, "descendants killed: 1")
 }
 
+// What the search could not kill is said.
+func TestDescendantsThatDoNotDie(t *testing.T) {
+	t.Parallel()
+	s := fake(t, false, func(p *lxdtest.Process) int {
+		if p.Args[0] == "wait" {
+			return commands(p)
+		}
+		marks, _ := io.ReadAll(p.Stdin)
+		mark := strings.TrimSpace(string(marks))
+		fmt.Fprintf(p.Stdout, "killed %s\nkilled %[1]s\nkilled other\nleft %[1]s\ndone\n", mark)
+		return 0
+	}, nil)
+	host := newLXD(t, connect(t, s), "c1", nil)
+	ctx, cancel := context.WithCancelCause(soon(t))
+	defer cancel(nil)
+	err := host.Exec(ctx, transport.Command{Args: []string{"wait"}, Stdout: upThen(func() { cancel(errKillTest) })})
+	assert.ErrorIs(t, err, errKillTest)
+	assert.ErrorContains(t, err, "it was ended by TERM; descendants killed: 2, of which 1 did not die")
+}
+
 // In an instance where processes come and go all the time, many of which have no environment, the search has an end all the same.
 func TestKillingInABusyInstance(t *testing.T) {
 	reallxd.Need(t)
