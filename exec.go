@@ -158,7 +158,7 @@ type execution struct {
 type sweep struct {
 	done   chan struct{} // closed when result is set
 	cancel context.CancelFunc
-	alive  bool // the command's own process was to be killed, too
+	alive  bool // the command's own process was to be killed, too; guarded by the execution's mu
 	result reaped
 }
 
@@ -788,6 +788,11 @@ func (e *execution) kill() {
 		select {
 		case <-s.done:
 		case <-first.C:
+			e.mu.Lock()
+			if e.exited.IsZero() {
+				s.alive = false // it dies of what follows, and is not among those that the script finds
+			}
+			e.mu.Unlock()
 		case <-e.cutoff:
 		}
 		e.control.signal(signals[SIGKILL])
@@ -815,7 +820,9 @@ func (e *execution) clean(alive bool) *sweep {
 			s.result = reaped{left: before.result.left}
 		}
 		s.result.killed += before.result.killed
+		e.mu.Lock()
 		s.alive = s.alive || before.alive
+		e.mu.Unlock()
 	})
 	return s
 }

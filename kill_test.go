@@ -309,6 +309,30 @@ func TestDescendantsThatDoNotDie(t *testing.T) {
 	assert.ErrorContains(t, err, "it was ended by TERM; descendants killed: 2, of which 1 did not die")
 }
 
+// Who has ended by the KILL that follows a search that takes long is not counted among those that the search has killed.
+func TestDescendantsAreCounted(t *testing.T) {
+	t.Parallel()
+	var found sync.Once
+	s := fake(t, false, func(p *lxdtest.Process) int {
+		if p.Args[0] == "wait" {
+			return commands(p)
+		}
+		marks, _ := io.ReadAll(p.Stdin)
+		found.Do(func() { fmt.Fprintf(p.Stdout, "killed %s\n", strings.TrimSpace(string(marks))) })
+		fmt.Fprintln(p.Stdout, "done")
+		return 0
+	}, nil)
+	host := newLXD(t, connect(t, s), "c1", nil)
+	ctx, cancel := context.WithCancelCause(soon(t))
+	defer cancel(nil)
+	err := host.Exec(ctx, transport.Command{Args: []string{"wait"}, CancelSignal: transport.SIGKILL, Stdout: upThen(func() {
+		s.Inject(lxdtest.Fault{Route: lxdtest.RouteExec, Do: lxdtest.Delay(1500 * time.Millisecond)})
+		cancel(errKillTest)
+	})})
+	assert.ErrorIs(t, err, errKillTest)
+	assert.ErrorContains(t, err, "it was ended by KILL; descendants killed: 1")
+}
+
 // In an instance where processes come and go all the time, many of which have no environment, the search has an end all the same.
 func TestKillingInABusyInstance(t *testing.T) {
 	reallxd.Need(t)
