@@ -118,7 +118,11 @@ func TestChaosOnTheLink(t *testing.T) {
 					}
 					t.Run(way+" "+fault.name+" in "+w.name, func(t *testing.T) {
 						t.Parallel()
-						link, host := linked(t, way, instance)
+						liveness := 3 * time.Second
+						if fault.back { // nothing has to be given up, however busy the machine is
+							liveness = patience
+						}
+						link, host := linkedFor(t, way, instance, liveness)
 						mine := newToken()
 						var failed time.Time
 						cmd, check := w.start(mine, func() { failed = time.Now(); fault.do(link) })
@@ -153,6 +157,12 @@ func TestChaosOnTheLink(t *testing.T) {
 // linked is a transport over a link that can fail, which finds out soon.
 func linked(t *testing.T, way, instance string) (*proxy, *transport.LXD) {
 	t.Helper()
+	return linkedFor(t, way, instance, 3*time.Second)
+}
+
+// linkedFor is linked with another Liveness.
+func linkedFor(t *testing.T, way, instance string, liveness time.Duration) (*proxy, *transport.LXD) {
+	t.Helper()
 	var link *proxy
 	var server lxd.InstanceServer
 	if way == "unix" {
@@ -160,7 +170,7 @@ func linked(t *testing.T, way, instance string) (*proxy, *transport.LXD) {
 	} else {
 		link, server = httpsLink(t)
 	}
-	return link, newLXD(t, server, instance, &transport.LXDOptions{Liveness: 3 * time.Second})
+	return link, newLXD(t, server, instance, &transport.LXDOptions{Liveness: liveness})
 }
 
 // gone waits until no process with a token is left.
