@@ -3,6 +3,7 @@
 package transporttest_test
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -141,6 +142,24 @@ func TestEveryCaseCanFail(t *testing.T) {
 		delete(tripped, r.Name)
 	}
 	assert.Empty(t, tripped, "these cases do not exist")
+}
+
+// TestExcused: only what the host may do is, and only where it is said that it may.
+func TestExcused(t *testing.T) {
+	t.Parallel()
+	lost := fmt.Errorf("download: %w", transport.ErrOutputLost)
+	for _, c := range []struct {
+		err  error
+		caps []transporttest.Capability
+		want bool
+	}{
+		{nil, nil, false},
+		{errors.New("the file is short"), nil, false},
+		{lost, nil, true},
+		{lost, []transporttest.Capability{transporttest.TTY, transporttest.WholeStderr}, false},
+	} {
+		assert.Equal(t, c.want, transporttest.Excused(c.err, c.caps), "%v, %v", c.err, c.caps)
+	}
 }
 
 func TestRowsAreNamed(t *testing.T) {
