@@ -19,9 +19,10 @@ import (
 	"github.com/lxdtransport/transport/internal/reallxd"
 )
 
-// loopBound is how long a verdict may take with a Liveness of 5 s: a question and another one that go unanswered, other members that have to be
+// loopBound is how long a verdict may take with this Liveness: a question and another one that go unanswered, other members that have to be
 // tried, and a busy machine. Idle, all come within 11 s. clusterBound is for Liveness as it is, without anything said about it.
 const (
+	liveness     = 5 * time.Second
 	loopBound    = 45 * time.Second
 	clusterBound = 90 * time.Second
 )
@@ -82,7 +83,7 @@ func TestClusterLosesMembers(t *testing.T) {
 				TLSClientCert: reallxd.File(t, "TRANSPORT_CLUSTER_CERT"),
 				TLSClientKey:  reallxd.File(t, "TRANSPORT_CLUSTER_KEY"),
 				TLSServerCert: reallxd.File(t, "TRANSPORT_CLUSTER_SERVER_CERT"),
-				Liveness:      5 * time.Second,
+				Liveness:      liveness,
 			})
 			require.NoError(t, err)
 			t.Cleanup(func() { assert.NoError(t, host.Close()) })
@@ -168,6 +169,9 @@ func TestClusterLosesMembers(t *testing.T) {
 				assert.LessOrEqual(t, times[r.id], 1, name)
 				assert.Less(t, r.took, loopBound, name)
 				longest = max(longest, r.took)
+				if r.took > 3*liveness {
+					t.Logf("%v: %s", r.took.Round(time.Second/10), name)
+				}
 				_, exited := transport.ExitCode(r.err)
 				switch {
 				case r.err == nil:
