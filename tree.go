@@ -30,6 +30,11 @@ type TreeOptions struct {
 	// Symlinks says what becomes of symbolic links.
 	Symlinks SymlinkPolicy
 
+	// SkipUnchanged leaves out of an upload what the host has already: regular files in whose places are such with the same size, permission bits and
+	// modification time in whole seconds, and the same owner. Their contents are not compared. They are reported to Skipped with
+	// [ErrUnchanged]. It makes an upload that was interrupted, or one of a tree of which little has changed, short. A download ignores it.
+	SkipUnchanged bool
+
 	// MaxBytes and MaxFileBytes are the most bytes of content, of the tree and of any file in it; MaxEntries the most entries, left out ones
 	// included; MaxDepth the most elements of a path. One more is [ErrLimit]. 0: no limit.
 	MaxBytes, MaxFileBytes int64
@@ -86,7 +91,7 @@ type TreeDownloader interface {
 //
 // The result is complete, or there is an error, a [*fs.PathError] that names what was at fault: a file that cannot be read, or that has grown or shrunk
 // while it was, a full disk, a host that vanished. Then the statistics say what was handed to the host, and the tree is there in part. The call can simply be
-// repeated. When ctx ends it returns after at most a few seconds, and no process of it is left in the host.
+// repeated, with SkipUnchanged from about where it broke off. When ctx ends it returns after at most a few seconds, and no process of it is left in the host.
 //
 // Names that are not valid UTF-8 can only be read from an [os.DirFS] or an [os.Root].
 func UploadTree(ctx context.Context, t Transport, dst string, src fs.FS, opts *TreeOptions) (TreeStats, error) {
@@ -120,6 +125,9 @@ func uploadTree(ctx context.Context, t Transport, dst string, src fs.FS, opts *T
 	tr, err := newTree(opts)
 	if err == nil {
 		err = checkTree(dst, src == nil)
+	}
+	if err == nil && tr.opts.SkipUnchanged {
+		err = orCause(ctx, tr.learn(ctx, t, dst, ownerOf(tr.opts.Owner)))
 	}
 	if err == nil {
 		err = orCause(ctx, tr.uploadTar(ctx, t, dst, src))
@@ -185,6 +193,7 @@ type tree struct {
 	stats   TreeStats
 	entries int
 	last    string // the entry that an upload has come to
+	known   *known // what the host has; nil: it was not asked
 
 	mu       sync.Mutex // guards detached
 	detached bool       // the caller's functions must not be called again
@@ -374,6 +383,14 @@ func (tr *tree) skip(name string, why error) error {
 			tr.opts.Skipped(name, why)
 		}
 	})
+}
+
+// ownerOf is a user as an argument of a script: UID:GID, or nothing.
+func ownerOf(u *User) string {
+	if u == nil {
+		return ""
+	}
+	return fmt.Sprintf("%d:%d", u.UID, u.GID)
 }
 
 // relative is a remote path as an argument of a command that runs in "/". Not every transport's commands have the paths that its files have.

@@ -36,6 +36,7 @@ type sftpUploader struct {
 	jobs  []*sftpJob // oldest first
 	bytes int        // in jobs
 	err   error      // of one of them
+	known int        // bytes of what is known of dirs
 }
 
 // sftpDir is a directory that is filled.
@@ -45,6 +46,9 @@ type sftpDir struct {
 	jobs  int      // of entries in it that are not done; a directory is when its mode is set
 	left  bool     // there will not be more
 	up    *sftpDir // nil: dst itself
+
+	known     map[string]sftp.Attrs // what was in it
+	knownSize int                   // bytes of that
 }
 
 // sftpJob is an entry whose requests have been sent, in part at least.
@@ -69,6 +73,9 @@ func (tr *tree) uploadSFTP(ctx context.Context, s *session, dst string, src fs.F
 		return err
 	}
 	u := &sftpUploader{ctx: ctx, tree: tr, s: s, dst: strings.TrimRight(dst, "/"), owner: tr.opts.Owner, dirs: []*sftpDir{{fresh: fresh}}}
+	if err := u.learn(u.last()); err != nil {
+		return err
+	}
 	walked := make(chan error, 1)
 	go func() { // waited for, unless a Read of src's does not return
 		err := guarded(func() error {
@@ -101,10 +108,14 @@ func (u *sftpUploader) attributes(path string, e entry) (calls []*sftp.Call) {
 	if u.owner != nil {
 		calls = append(calls, u.s.AskSetstat(path, sftp.Attrs{Has: sftp.HasOwner, UID: u.owner.UID, GID: u.owner.GID}))
 	}
-	sec := uint32(min(max(0, e.modified.Unix()), math.MaxUint32)) // file systems that know no times have the year 1
 	return append(calls, u.s.AskSetstat(path, sftp.Attrs{
-		Has: sftp.HasMode | sftp.HasTimes, Mode: uint32(e.mode.Perm()), ATime: uint32(time.Now().Unix()), MTime: sec,
+		Has: sftp.HasMode | sftp.HasTimes, Mode: uint32(e.mode.Perm()), ATime: uint32(time.Now().Unix()), MTime: uploadTime(e),
 	}))
+}
+
+// uploadTime is an entry's time as SFTP has it.
+func uploadTime(e entry) uint32 {
+	return uint32(min(max(0, e.modified.Unix()), math.MaxUint32)) // file systems that know no times have the year 1
 }
 
 // enter makes a directory. In one that is new, nothing can be in its way, and what is in it can be sent at once.
@@ -141,6 +152,9 @@ func (u *sftpUploader) enter(e entry) error {
 		// Nobody shall see meanwhile what nobody may see in the end.
 		j.sent = append(j.sent, u.s.AskSetstat(path, sftp.Attrs{Has: sftp.HasMode, Mode: 0o700}))
 	}
+	if err := u.learn(d); err != nil {
+		return err
+	}
 	u.dirs = append(u.dirs, d)
 	d.up.jobs++ // until d is done
 	return u.add(j)
@@ -151,6 +165,7 @@ func (u *sftpUploader) leave(entry) error {
 	d := u.last()
 	u.dirs = u.dirs[:len(u.dirs)-1]
 	d.left = true
+	u.forget(d)
 	u.finish(d)
 	return u.wait(treeFiles)
 }
@@ -347,3 +362,57 @@ func (c *contentSource) Next(context.Context) ([]byte, error) {
 }
 
 func (c *contentSource) Free(b []byte) { c.free = append(c.free, b[:cap(b)]) }
+
+// learn asks the SFTP server what is in a directory that is not new.
+func (u *sftpUploader) learn(d *sftpDir) error {
+	if !u.tree.opts.SkipUnchanged || d.fresh {
+		return nil
+	}
+	dir, err := u.s.Opendir(u.ctx, u.path(d.name))
+	if errors.Is(err, fs.ErrPermission) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer dir.AskClose()
+	d.known = map[string]sftp.Attrs{}
+	for u.known < maxKnownSFTP {
+		entries, err := dir.AskRead().Entries(u.ctx)
+		for _, e := range entries {
+			d.known[e.Name] = e.Attrs
+			d.knownSize += size(e)
+			u.known += size(e)
+		}
+		if err != nil {
+			if u.ctx.Err() != nil || u.s.Err() != nil {
+				return err
+			}
+			break // its end
+		}
+	}
+	return nil
+}
+
+// maxKnownSFTP bounds the memory for the listings of the directories on the way to where the walk is.
+const maxKnownSFTP = 16 << 20
+
+// forget ends the memory for a directory.
+func (u *sftpUploader) forget(d *sftpDir) {
+	u.known -= d.knownSize
+	d.known, d.knownSize = nil, 0
+}
+
+// unchanged reports whether the host has a file already.
+func (u *sftpUploader) unchanged(e entry) bool {
+	have, ok := u.last().known[e.Name()]
+	if !ok || have.Has&(sftp.HasSize|sftp.HasMode|sftp.HasTimes|sftp.HasOwner) != sftp.HasSize|sftp.HasMode|sftp.HasTimes|sftp.HasOwner {
+		return false
+	}
+	owner := User{GID: have.GID}
+	if u.owner != nil {
+		owner = *u.owner
+	}
+	return have.UID == owner.UID && have.GID == owner.GID && have.Mode == sftp.TypeRegular|uint32(e.mode.Perm()) &&
+		have.Size == uint64(e.size) && have.MTime == uploadTime(e)
+}

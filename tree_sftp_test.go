@@ -221,6 +221,49 @@ func TestTreeOverSFTPIntoWhatIsThere(t *testing.T) {
 	})
 }
 
+// What the host has is not sent again; a change of any kind is seen.
+func TestTreeOverSFTPSkipsWhatIsUnchanged(t *testing.T) {
+	onLXD(t, func(t *testing.T, host *transport.LXD) {
+		at := scratch(t, host)
+		dst := at + "/\xff"
+		src := oddTree(t)
+		first, err := transport.UploadTree(soon(t), host, dst, os.DirFS(src), keepLinks)
+		require.NoError(t, err)
+		unchanged := map[string]bool{}
+		opts := &transport.TreeOptions{Symlinks: transport.KeepSymlinks, SkipUnchanged: true, Skipped: func(name string, why error) {
+			assert.ErrorIs(t, why, transport.ErrUnchanged)
+			unchanged[name] = true
+		}}
+		again, err := transport.UploadTree(soon(t), host, dst, os.DirFS(src), opts)
+		require.NoError(t, err)
+		assert.Equal(t, transport.TreeStats{Dirs: first.Dirs, Symlinks: first.Symlinks, Skipped: first.Files}, again)
+
+		clear(unchanged)
+		output(t, host, `cd "$1"/$(printf '\377'); printf x >many/1; touch many/2; chmod 600 many/3; chown 1:1 many/4; rm many/5; rm many/6; ln -s 7 many/6
+			mv deep shallow; cp many/8 many/9`, at)
+		again, err = transport.UploadTree(soon(t), host, dst, os.DirFS(src), opts)
+		require.NoError(t, err)
+		assert.Equal(t, 8, again.Files)
+		for _, n := range []int{1, 2, 3, 4, 5, 6, 9} {
+			assert.False(t, unchanged[fmt.Sprint("many/", n)], n)
+		}
+		output(t, host, `rm -r "$1"/$(printf '\377')/shallow`, at)
+		dir, _, err := into(t, host, dst, keepLinks)
+		require.NoError(t, err)
+		sameTree(t, src, dir)
+
+		clear(unchanged)
+		opts.Owner = &transport.User{UID: 1000, GID: 1001}
+		again, err = transport.UploadTree(soon(t), host, dst, os.DirFS(src), opts)
+		require.NoError(t, err)
+		assert.Equal(t, first.Files, again.Files, "another owner is a change")
+		again, err = transport.UploadTree(soon(t), host, dst, os.DirFS(src), opts)
+		require.NoError(t, err)
+		assert.Zero(t, again.Files)
+		output(t, host, `rm -r "$1"`, at)
+	})
+}
+
 // The error is about the file that did not fit, not about the one that was sent at the time.
 func TestTreeOverSFTPOntoAFullDisk(t *testing.T) {
 	onLXD(t, func(t *testing.T, host *transport.LXD) {

@@ -36,6 +36,7 @@ const singleLink = `rm -f "$1" && ln -s -- "$2" "$1" && { [ -z "$3" ] || chown -
 
 // singleUploader is an [uploader] for one call after the other.
 type singleUploader struct {
+	*known
 	ctx   context.Context
 	t     Transport
 	dst   string
@@ -43,8 +44,8 @@ type singleUploader struct {
 }
 
 func (tr *tree) uploadSingly(ctx context.Context, t Transport, dst string, src fs.FS) error {
-	u := &singleUploader{ctx, t, dst, tr.opts.Owner}
-	if err := u.run(singleDir, dst, u.chown()); err != nil {
+	u := &singleUploader{tr.known, ctx, t, dst, tr.opts.Owner}
+	if err := u.run(singleDir, dst, ownerOf(u.owner)); err != nil {
 		return err
 	}
 	walked := make(chan error, 1)
@@ -55,13 +56,6 @@ func (tr *tree) uploadSingly(ctx context.Context, t Transport, dst string, src f
 	case <-ctx.Done():
 		return tr.join(walked)
 	}
-}
-
-func (u *singleUploader) chown() string {
-	if u.owner == nil {
-		return ""
-	}
-	return fmt.Sprintf("%d:%d", u.owner.UID, u.owner.GID)
 }
 
 func (u *singleUploader) path(name string) string { return strings.TrimRight(u.dst, "/") + "/" + name }
@@ -77,16 +71,18 @@ func (u *singleUploader) run(script, remote string, args ...string) error {
 	return err
 }
 
-func (u *singleUploader) enter(e entry) error { return u.run(singleDir, u.path(e.name), u.chown()) }
+func (u *singleUploader) enter(e entry) error {
+	return u.run(singleDir, u.path(e.name), ownerOf(u.owner))
+}
 
 func (u *singleUploader) leave(e entry) error {
-	return u.run(singleEnd, u.path(e.name), octal(e.mode), u.chown(), strconv.FormatInt(max(0, e.modified.Unix()), 10))
+	return u.run(singleEnd, u.path(e.name), octal(e.mode), ownerOf(u.owner), strconv.FormatInt(max(0, e.modified.Unix()), 10))
 }
 
 func octal(m fs.FileMode) string { return fmt.Sprintf("%04o", m.Perm()) }
 
 func (u *singleUploader) link(e entry) error {
-	return u.run(singleLink, u.path(e.name), e.target, u.chown())
+	return u.run(singleLink, u.path(e.name), e.target, ownerOf(u.owner))
 }
 
 func (u *singleUploader) file(e entry, content io.Reader) error {

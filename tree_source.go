@@ -22,6 +22,8 @@ type uploader interface {
 	// file has to read content to its end. It returns what content returns.
 	file(e entry, content io.Reader) error
 	link(e entry) error
+	// unchanged reports whether the host has a file already, and TreeOptions.SkipUnchanged asks for that.
+	unchanged(e entry) bool
 }
 
 // walk hands everything in src to u.
@@ -170,6 +172,9 @@ func (w *walker) file(name, outside string) error {
 	e := entry{name: name, mode: info.Mode().Perm(), size: info.Size(), modified: info.ModTime()}
 	if err := w.checkSize(name, e.size); err != nil {
 		return err
+	}
+	if w.u.unchanged(e) {
+		return w.skip(name, ErrUnchanged)
 	}
 	if err := w.u.file(e, &content{w: w, f: f, name: name, left: e.size}); err != nil {
 		if _, ok := errors.AsType[*fs.PathError](err); ok {

@@ -214,10 +214,7 @@ const maxGreeting = 8 << 10
 
 // uploadTar uploads through the host's tar. It returns errNoTar before it has called any of the caller's functions.
 func (tr *tree) uploadTar(ctx context.Context, t Transport, dst string, src fs.FS) error {
-	owner := ""
-	if o := tr.opts.Owner; o != nil {
-		owner = fmt.Sprintf("%d:%d", o.UID, o.GID)
-	}
+	owner := ownerOf(tr.opts.Owner)
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	p, a, said := newPipe(), newGreeting(), new(edges)
@@ -268,7 +265,7 @@ func (tr *tree) uploadTar(ctx context.Context, t Transport, dst string, src fs.F
 // writeTar makes a tar stream of a tree. links takes the links that do not come with it; nil: all come.
 func (tr *tree) writeTar(ctx context.Context, p *pipe, src fs.FS, links *lateLinks) error {
 	w := bufio.NewWriterSize(p, 4096)
-	u := &tarWriter{tw: tar.NewWriter(w), owner: tr.opts.Owner, late: links}
+	u := &tarWriter{known: tr.known, tw: tar.NewWriter(w), owner: tr.opts.Owner, late: links}
 	if err := tr.walk(ctx, src, u); err != nil {
 		return err
 	}
@@ -299,6 +296,7 @@ func (tr *tree) join(done <-chan error) error {
 
 // tarWriter is an uploader that makes a tar stream.
 type tarWriter struct {
+	*known
 	tw    *tar.Writer
 	owner *User
 	late  *lateLinks // nil: there are none

@@ -82,17 +82,37 @@ func goroot(t *testing.T) string {
 	return strings.TrimSpace(string(out))
 }
 
-// TestTreeOfTheToolchain: more than ten thousand files up and down again.
+// TestTreeOfTheToolchain: more than ten thousand files up and down again, into a directory that is not there and over what is, for root and for another
+// user, and once more when nothing has changed.
 func TestTreeOfTheToolchain(t *testing.T) {
 	onTars(t, func(t *testing.T, host *transport.LXD) {
 		src := filepath.Join(goroot(t), "src")
-		up, err := transport.UploadTree(soon(t), host, "/src", os.DirFS(src), keepLinks)
+		dir := t.TempDir()
+		root, err := os.OpenRoot(dir)
 		require.NoError(t, err)
-		dir, down, err := into(t, host, "/src", keepLinks)
+		defer root.Close()
+		var up transport.TreeStats
+		opts := *keepLinks
+		for _, owner := range []*transport.User{nil, {UID: 1000, GID: 1001}} { // over the first one's files, in both directions
+			opts.Owner = owner
+			up, err = transport.UploadTree(soon(t), host, "/src", os.DirFS(src), &opts)
+			require.NoError(t, err, owner)
+			down, err := transport.DownloadTree(soon(t), host, "/src", root, &opts)
+			require.NoError(t, err, owner)
+			assert.Equal(t, up, down, owner)
+			assert.Zero(t, down.Skipped, owner)
+			sameTree(t, src, dir)
+			if owner == nil {
+				owner = new(transport.User)
+			}
+			out, err := transport.Output(soon(t), host, sh(`find /src/* ! -user "$1" -o ! -group "$2" | head -n 5`, fmt.Sprint(owner.UID), fmt.Sprint(owner.GID)))
+			require.NoError(t, err)
+			assert.Empty(t, string(out), "what does not belong to %v", owner)
+		}
+		opts.SkipUnchanged = true
+		again, err := transport.UploadTree(soon(t), host, "/src", os.DirFS(src), &opts)
 		require.NoError(t, err)
-		assert.Equal(t, up, down)
-		assert.Zero(t, down.Skipped)
-		sameTree(t, src, dir)
+		assert.Equal(t, transport.TreeStats{Dirs: up.Dirs, Symlinks: up.Symlinks, Skipped: up.Files}, again)
 	})
 }
 

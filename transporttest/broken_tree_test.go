@@ -317,6 +317,16 @@ func brokenTreeOptions() []broken {
 				return stats, err
 			}
 		}},
+		{"sends what is unchanged", []string{"tree/skip-unchanged"}, func(w *wrapper) {
+			treeing(w, func(_ *string, _ *fs.FS, opts *transport.TreeOptions) { opts.SkipUnchanged = false })
+		}},
+		{"takes what exists for unchanged", []string{"tree/skip-unchanged"}, func(w *wrapper) {
+			treeing(w, func(dst *string, _ *fs.FS, opts *transport.TreeOptions) {
+				if to := filepath.Join(w.dir, *dst); opts.SkipUnchanged {
+					leaving(opts, func(name string, d fs.DirEntry) bool { return d.Type().IsRegular() && here(to, name) })
+				}
+			})
+		}},
 		{"ignores the Owner of a tree", []string{"tree/owner"}, func(w *wrapper) {
 			treeing(w, func(_ *string, _ *fs.FS, opts *transport.TreeOptions) {
 				if opts.Owner != nil && opts.Owner.UID != 1<<32-1 {

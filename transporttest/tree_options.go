@@ -187,6 +187,59 @@ var treeOptionRows = []row{
 			}
 			return nil
 		})},
+	{name: "tree/skip-unchanged", why: "who runs an interrupted upload again sends the rest, and all that has changed",
+		run: withTrees(func(ctx context.Context, host transport.Transport, p place) error {
+			f := append(planted(file("new\nline", 0o644, "x"), file("content", 0o644, "1"), file("mode", 0o644, "2"), file("time", 0o644, "3"), file("size", 0o644, "4")),
+				append(linked()[:3], manyFiles(5)...)...)
+			opts := &transport.TreeOptions{Symlinks: transport.KeepSymlinks, SkipUnchanged: true}
+			for range 2 { // the second has nothing to send but what cannot be listed, and that is not wrong either
+				if _, err := upTree(ctx, host, p.far, f.source(), opts); err != nil {
+					return err
+				}
+				if err := f.stands(ctx, host, p.far); err != nil {
+					return err
+				}
+			}
+			const change = `TZ=UTC0; export TZ; printf z >content; touch -t "$1" content; printf z >d/f; touch -t "$2" d/f
+				chmod 755 mode; touch time; printf 44 >size; touch -t "$3" size; rm d00/f00; mv d02/f02 ..; ln -s ../../f02 d02/f02`
+			if err := run(ctx, host, in(p.far, sh(change, f[1].stamp(), f[6].stamp(), f[4].stamp()))); err != nil {
+				return err
+			}
+			unchanged := map[string]bool{}
+			var bad error
+			opts.Skipped = func(name string, why error) {
+				unchanged[name] = true
+				bad = errors.Join(bad, is(why, transport.ErrUnchanged))
+			}
+			stats, err := upTree(ctx, host, p.far, f.source(), opts)
+			if err := errors.Join(err, bad); err != nil {
+				return err
+			}
+			if stats.Skipped != len(unchanged) {
+				return fmt.Errorf("%d files were counted as left out, %d reported", stats.Skipped, len(unchanged))
+			}
+			for _, n := range f {
+				switch n.name {
+				case "mode", "time", "size", "d00/f00", "d02/f02":
+					if unchanged[n.name] {
+						return fmt.Errorf("the file %s was left out, but it has changed", n.name)
+					}
+				case "new\nline":
+				default:
+					if n.mode.IsRegular() != unchanged[n.name] {
+						return fmt.Errorf("%s was left out: %v", n.name, unchanged[n.name])
+					}
+				}
+			}
+			if err := prints(ctx, host, "zz2", in(p.far, sh("cat content d/f mode"))); err != nil {
+				return fmt.Errorf("what is unchanged was to be left alone, and what has changed was not: %w", err)
+			}
+			opts.SkipUnchanged = false
+			if _, err := upTree(ctx, host, p.far, f.source(), opts); err != nil {
+				return err
+			}
+			return f.stands(ctx, host, p.far)
+		})},
 	{name: "tree/owner", why: "who builds has to own the sources", needs: []Capability{Users},
 		run: withTrees(func(ctx context.Context, host transport.Transport, p place) error {
 			if err := run(ctx, host, in("/", sh(`mkdir "$1"`, strings.TrimPrefix(p.far, "/")))); err != nil {
