@@ -29,7 +29,7 @@ var reapScript string
 
 const (
 	// reapTime bounds one run of the script.
-	reapTime = 3 * time.Second
+	reapTime = 5 * time.Second
 	// reapFirst is how long KILL waits for the script, which sees more while the command lives: who descends from it.
 	reapFirst = time.Second
 )
