@@ -29,9 +29,11 @@ import (
 	"github.com/lxdtransport/transport"
 	"github.com/lxdtransport/transport/builder"
 	"github.com/lxdtransport/transport/internal/reallxd"
+	"github.com/lxdtransport/transport/internal/sshd"
 	"github.com/lxdtransport/transport/local"
 	"github.com/lxdtransport/transport/lxdtest"
 	"github.com/lxdtransport/transport/provisioner"
+	"github.com/lxdtransport/transport/ssh"
 )
 
 // hosts is a Builder that hands out one host and counts.
@@ -72,6 +74,7 @@ func places(t *testing.T) map[string]func(t *testing.T) dial {
 		"local":              func(t *testing.T) dial { return localDial(t, "/") },
 		"local in a folder":  func(t *testing.T) dial { return localDial(t, t.TempDir()) },
 		"fake LXD":           fakeDial,
+		"SSH":                sshDial,
 		"real LXD, unix":     func(t *testing.T) dial { return realDial(t, reallxd.Unix) },
 		"real LXD, over TLS": func(t *testing.T) dial { return realDial(t, reallxd.HTTPS) },
 	}
@@ -88,6 +91,13 @@ func fakeDial(t *testing.T) dial {
 	t.Cleanup(server.Disconnect)
 	return func(context.Context, *builder.Host) (transport.Transport, error) {
 		return transport.NewLXD(server, "c1", nil)
+	}
+}
+
+func sshDial(t *testing.T) dial {
+	s := sshd.Start(t)
+	return func(ctx context.Context, _ *builder.Host) (transport.Transport, error) {
+		return ssh.Dial(ctx, s.Address, &ssh.Options{KeyFiles: []string{s.File("client")}, KnownHosts: []string{s.File("known")}})
 	}
 }
 

@@ -7,24 +7,28 @@ import (
 	"os/exec"
 	"testing"
 
+	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
 	"github.com/lxdtransport/transport"
+	"github.com/lxdtransport/transport/internal/sshd"
+	"github.com/lxdtransport/transport/ssh"
 	"github.com/lxdtransport/transport/transporttest"
 )
 
-func TestMain(m *testing.M) {
-	code := m.Run()
-	if madeRunDir {
-		os.Remove(runDir)
-	}
-	if code == 0 {
-		if err := goleak.Find(); err != nil {
-			println(err.Error())
-			code = 1
-		}
-	}
-	os.Exit(code)
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// options are those that lead to a server.
+func options(s *sshd.Server) *ssh.Options {
+	return &ssh.Options{KeyFiles: []string{s.File("client")}, KnownHosts: []string{s.File("known")}}
+}
+
+func dial(t testing.TB, s *sshd.Server, opts *ssh.Options) *ssh.Transport {
+	t.Helper()
+	host, err := ssh.Dial(t.Context(), s.Address, opts)
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, host.Close()) })
+	return host
 }
 
 func capabilities() []transporttest.Capability {
@@ -38,13 +42,13 @@ func capabilities() []transporttest.Capability {
 	return caps
 }
 
-func TestConformance(t *testing.T) {
+func TestConformanceOverSSH(t *testing.T) {
 	t.Parallel()
-	s := newServer(t)
-	transporttest.Run(t, func(t *testing.T) transport.Transport { return dial(t, s, s.options()) }, capabilities()...)
+	s := sshd.Start(t)
+	transporttest.Run(t, func(t *testing.T) transport.Transport { return dial(t, s, options(s)) }, capabilities()...)
 }
 
 func BenchmarkSSH(b *testing.B) {
-	s := newServer(b)
-	transporttest.Benchmark(b, func(b *testing.B) transport.Transport { return dial(b, s, s.options()) })
+	s := sshd.Start(b)
+	transporttest.Benchmark(b, func(b *testing.B) transport.Transport { return dial(b, s, options(s)) })
 }

@@ -61,6 +61,14 @@ func (l *link) Read(p []byte) (int, error) {
 	return n, err
 }
 
+func (l *link) Write(p []byte) (int, error) {
+	n, err := l.Conn.Write(p)
+	if err != nil {
+		l.fail(err)
+	}
+	return n, err
+}
+
 func (l *link) fail(err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

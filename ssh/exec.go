@@ -25,6 +25,9 @@ const (
 	// writeGrace is how long, after the streams were cut, a Write of the caller's may go on.
 	writeGrace = time.Second
 
+	// signalTime bounds Process.Signal.
+	signalTime = 10 * time.Second
+
 	// confirmTime is how long the host has to confirm the end of a command whose ctx has ended.
 	confirmTime = 2 * time.Second
 )
@@ -65,7 +68,10 @@ func (p *process) Wait() error {
 }
 
 func (p *process) Signal(sig transport.Signal) error {
-	if err := p.e.signal(p.e.ctx, sig); err != nil {
+	// Not in the command's ctx, which ends with the command, while kill may still have to say that it was it.
+	ctx, cancel := context.WithTimeoutCause(context.Background(), signalTime, fmt.Errorf("no answer within %v", signalTime))
+	defer cancel()
+	if err := p.e.signal(ctx, sig); err != nil {
 		return fmt.Errorf("ssh: signal to a command: %w", err)
 	}
 	return nil
@@ -176,17 +182,23 @@ func (t *Transport) launch(ctx context.Context, cmd transport.Command, end func(
 		e.abandon()
 		return nil, notStarted(fmt.Errorf("the connection was lost: %w", lost))
 	}
+	empty := cmd.Stdin == nil && cmd.TTY == nil && err == nil
+	if empty {
+		go e.in.run() // ends the input; waited for by finish
+	}
 	if why := e.begun(); why != nil {
 		e.abandon()
 		return nil, notStarted(why)
 	}
-	if e.ctx.Err() == nil {
+	switch {
+	case empty:
+	case e.ctx.Err() != nil:
+		close(e.in.ended)
+	default: // not before: a command that has not started has read nothing
 		if cmd.Stdin != nil {
 			e.in.src = newSource(cmd.Stdin)
 		}
 		go e.in.run() // waited for by finish
-	} else {
-		close(e.in.ended)
 	}
 	return e, nil
 }
@@ -395,8 +407,7 @@ func (e *execution) interrupt() {
 	if sig == transport.SIGKILL || e.signal(ctx, sig) != nil || !e.exits(ctx) {
 		e.killed = !e.over()
 	}
-	e.sweep()
-	if e.killed {
+	if heard := e.sweep(); heard && e.killed {
 		ctx, cancel := context.WithTimeout(context.Background(), killGrace)
 		defer cancel()
 		e.exits(ctx)

@@ -33,10 +33,10 @@ exit 0
 // reapTime bounds one run of the script.
 const reapTime = 3 * time.Second
 
-// sweep kills what the command has left behind, and the command itself.
-func (e *execution) sweep() {
+// sweep kills what the command has left behind, and the command itself. It reports whether the host has heard it.
+func (e *execution) sweep() bool {
 	if e.internal {
-		return
+		return false
 	}
 	ctx, cancel := context.WithTimeoutCause(context.Background(), reapTime, fmt.Errorf("no answer within %v", reapTime))
 	defer cancel()
@@ -54,6 +54,7 @@ func (e *execution) sweep() {
 	default:
 		e.swept = fmt.Sprintf("processes killed: %d", killed)
 	}
+	return err == nil
 }
 
 // parseReaped reads what the script says.

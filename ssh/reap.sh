@@ -2,7 +2,7 @@
 # each that did not die, and "done". It needs a shell and /proc, nothing else.
 want=' '
 while IFS= read -r m; do want="$want$m "; done
-gone=' ' round=0 blank=' '
+gone=' ' round=0 look=0 blank=' '
 while [ $round -lt 50 ]; do
 	round=$((round+1)) owners=' '
 	if command -v grep >/dev/null 2>&1; then
@@ -23,17 +23,17 @@ while [ $round -lt 50 ]; do
 	done
 	if [ "$owners" = ' ' ]; then
 		# A process that is about to become another program has no environment for a moment, and may have lost its parent: whoever has none is
-		# looked at once more.
+		# looked at once more, and a few times where they come and go.
 		new=' '
 		for f in $(grep -Ls . /proc/[0-9]*/environ 2>/dev/null); do
 			if [ -e "${f%environ}exe" ]; then new="$new$f "; fi
 		done
-		if [ "$new" = "$blank" ]; then break; fi
-		blank=$new
+		if [ "$new" = "$blank" ] || [ $look = 5 ]; then break; fi
+		blank=$new look=$((look+1))
 		sleep 0.05 2>/dev/null
 		continue
 	fi
-	pairs=
+	look=0 pairs=
 	for f in /proc/[0-9]*/stat; do
 		s=
 		while IFS= read -r l || [ -n "$l" ]; do s="$s$l "; done 2>/dev/null <$f

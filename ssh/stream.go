@@ -211,7 +211,7 @@ func (r *report) skip(p []byte) []byte {
 			return nil
 		}
 		rest := r.seen[i+len(r.mark)+1:]
-		if j := bytes.IndexByte(rest, '\n'); j >= 0 {
+		if j := bytes.IndexByte(rest[:min(len(rest), mostReport)], '\n'); j >= 0 {
 			r.word = string(bytes.TrimRight(rest[:j], "\r"))
 			r.seen, r.done = nil, true
 			close(r.found)

@@ -67,8 +67,9 @@ type upload struct {
 	dst  string
 	opts *transport.UploadOptions
 
-	tmp  string // may exist; "": does not
-	file *sftp.File
+	tmp      string // may exist; "": does not
+	file     *sftp.File
+	renaming bool // and nobody knows whether that was done
 }
 
 func (t *Transport) upload(ctx context.Context, u *upload, src io.Reader) (err error) {
@@ -149,6 +150,7 @@ func (u *upload) run(ctx context.Context, src io.Reader) error {
 		rename = u.f.client.Rename
 	}
 	if err := act(ctx, u.f, func() error { return rename(u.tmp, u.dst) }); err != nil {
+		u.renaming = u.f.broken
 		return fmt.Errorf("rename of the temporary file: %w", err)
 	}
 	u.tmp = ""
@@ -349,7 +351,10 @@ func (u *upload) cleanUp() error {
 		err = act(ctx, f, func() error { return f.client.Remove(u.tmp) })
 		u.t.keep(f)
 	}
-	if err == nil || errors.Is(err, fs.ErrNotExist) {
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && u.renaming:
+		return errors.New("it has been replaced all the same")
+	case err == nil, errors.Is(err, fs.ErrNotExist):
 		return nil
 	}
 	return fmt.Errorf("the temporary file %s may be left: %w", u.tmp, err)

@@ -20,7 +20,7 @@ const loader = `exec /bin/sh -c 'TRANSPORT_H=; while IFS= read -r TRANSPORT_L; d
 
 // lineSize is how long the lines are that loader reads. A terminal takes 4096 bytes at most; whose echo of them is thrown away with
 // everything else before the mark.
-const lineSize = 1000
+const lineSize = 4000
 
 // markPrefix begins the name of a variable in the environment of every command. reap.sh knows it, too.
 const markPrefix = "TRANSPORT_COMMAND_"
