@@ -10,7 +10,6 @@ import (
 	"os/user"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 )
@@ -50,7 +49,9 @@ func Find(t testing.TB) string {
 func Start(t testing.TB, config ...string) *Server {
 	t.Helper()
 	sshd := Find(t)
-	useRunDir(t)
+	if os.Getuid() == 0 {
+		_ = os.Mkdir(runDir, 0o755) // sshd says what is wrong
+	}
 	me, err := user.Current()
 	if err != nil {
 		t.Fatal(err)
@@ -155,30 +156,5 @@ func freePort(t testing.TB) string {
 	return port
 }
 
-// runDir is where Debian's sshd wants to chroot to.
+// runDir is where Debian's sshd wants to chroot to. It stays: another process may have a server, too.
 const runDir = "/run/sshd"
-
-var (
-	runDirMu    sync.Mutex
-	runDirUsers int
-	runDirOurs  bool
-)
-
-// useRunDir makes runDir if need be, for as long as there is a server.
-func useRunDir(t testing.TB) {
-	if os.Getuid() != 0 {
-		return
-	}
-	runDirMu.Lock()
-	defer runDirMu.Unlock()
-	if runDirUsers++; runDirUsers == 1 {
-		runDirOurs = os.Mkdir(runDir, 0o755) == nil
-	}
-	t.Cleanup(func() {
-		runDirMu.Lock()
-		defer runDirMu.Unlock()
-		if runDirUsers--; runDirUsers == 0 && runDirOurs {
-			os.Remove(runDir)
-		}
-	})
-}
