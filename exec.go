@@ -483,7 +483,7 @@ func (e *execution) notConnected(first error, refused bool, f fate) error {
 		now := e.t.reaper.reap(ctx, e.mark)
 		cancel()
 		left = reaped{killed: left.killed + now.killed, left: now.left, err: now.err}
-		if f.err == nil {
+		if f.err == nil || now.err != nil && !errors.Is(f.err, errRunning) { // it is known, or nobody answers
 			break
 		}
 		f = e.fateWithout() // until what held it open had been killed, it may not have ended
