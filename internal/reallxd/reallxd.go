@@ -199,8 +199,11 @@ func do(s lxd.InstanceServer, method, path string, body any) error {
 	if err != nil {
 		return fmt.Errorf("%s %s: %w", method, path, err)
 	}
-	if err := json.Unmarshal(resp.Metadata, &op); err != nil || op.Err != "" {
-		return fmt.Errorf("%s %s: %s (%w)", method, path, op.Err, err)
+	if err := json.Unmarshal(resp.Metadata, &op); err != nil {
+		return fmt.Errorf("%s %s: %w", method, path, err)
+	}
+	if op.StatusCode != api.Success {
+		return fmt.Errorf("%s %s: %s %s", method, path, op.Status, op.Err)
 	}
 	return nil
 }
