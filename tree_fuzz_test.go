@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/lxdtransport/transport/lxdtest"
 )
 
 // fuzzLimits are what a fuzzed host may have this process write.
@@ -103,21 +105,21 @@ func intoRoot(t *testing.T, take func(tr *tree, s *sink) error) {
 // FuzzReadTar feeds the tar way whatever a host may send.
 func FuzzReadTar(f *testing.F) {
 	for _, seed := range [][]byte{
-		RawWhole(RawFile("./a", "content"), RawDir("./d/"), RawFile("d/x", "y"), RawLink("l", "d/x"), RawHard("h", "a")),
-		RawWhole(RawFile("../x", "x"), RawFile("/x", "x"), RawFile("a/../../x", "x"), RawFile("", "")),
-		RawWhole(RawLink("a", "."), RawLink("b", "a/.."), RawFile("b/x", "1"), RawLink("d/e/up", "../.."), RawLink("d/e/out", "../../..")),
-		RawWhole(RawDir("d"), RawLink("d", "/"), RawFile("d/x", ""), RawFile("d", "")),
-		RawWhole(RawLong('L', strings.Repeat("n/", 200)), RawFile("x", "1"), RawLong('K', "../.."), RawLink("k", "x")),
-		RawWhole(RawPAX('x', "path", "p/q", "size", "3", "mtime", "1.5"), RawFile("x", "abc"), RawPAX('g', "path", "g"), RawFile("y", "")),
-		RawWhole(RawHeader{Name: "b", Magic: RawGNU, Size: RawBase256(1<<63 - 1)}, "short"),
-		RawWhole(RawPAX('x', "size", "9223372036854775807"), RawFile("a", "abc")),
-		RawWhole(RawSparse("s", 1<<50, false, 0, 0, 1<<50, 0), RawFile("a", "1")),
-		RawWhole(RawPAX('x', "GNU.sparse.major", "1", "GNU.sparse.minor", "0", "GNU.sparse.name", "../s", "GNU.sparse.realsize", "99"), RawFile("a", "0\n"+strings.Repeat("\x00", 510))),
-		RawWhole(RawHeader{Name: "m", Mode: "0006777\x00"}, RawHeader{Name: "md", Kind: '5', Mode: "0001000\x00"}, RawFile("md/x", "y")),
-		RawWhole(RawOf('3', "c"), RawOf('6', "f"), RawOf('X', "x"), RawSized('7', "seven", "7"), RawSized('D', "dd", "dd")),
-		RawTar(RawFile("a", "1"), make([]byte, 512), RawFile("b", "2"), RawEnd()),
-		RawTar(RawFile("a", "1"), RawEnd(), RawFile("b", "2")),
-		RawFile("a", strings.Repeat("x", 600))[:700],
+		lxdtest.RawWhole(lxdtest.RawFile("./a", "content"), lxdtest.RawDir("./d/"), lxdtest.RawFile("d/x", "y"), lxdtest.RawLink("l", "d/x"), lxdtest.RawHard("h", "a")),
+		lxdtest.RawWhole(lxdtest.RawFile("../x", "x"), lxdtest.RawFile("/x", "x"), lxdtest.RawFile("a/../../x", "x"), lxdtest.RawFile("", "")),
+		lxdtest.RawWhole(lxdtest.RawLink("a", "."), lxdtest.RawLink("b", "a/.."), lxdtest.RawFile("b/x", "1"), lxdtest.RawLink("d/e/up", "../.."), lxdtest.RawLink("d/e/out", "../../..")),
+		lxdtest.RawWhole(lxdtest.RawDir("d"), lxdtest.RawLink("d", "/"), lxdtest.RawFile("d/x", ""), lxdtest.RawFile("d", "")),
+		lxdtest.RawWhole(lxdtest.RawLong('L', strings.Repeat("n/", 200)), lxdtest.RawFile("x", "1"), lxdtest.RawLong('K', "../.."), lxdtest.RawLink("k", "x")),
+		lxdtest.RawWhole(lxdtest.RawPAX('x', "path", "p/q", "size", "3", "mtime", "1.5"), lxdtest.RawFile("x", "abc"), lxdtest.RawPAX('g', "path", "g"), lxdtest.RawFile("y", "")),
+		lxdtest.RawWhole(lxdtest.RawHeader{Name: "b", Magic: lxdtest.RawGNU, Size: lxdtest.RawBase256(1<<63 - 1)}, "short"),
+		lxdtest.RawWhole(lxdtest.RawPAX('x', "size", "9223372036854775807"), lxdtest.RawFile("a", "abc")),
+		lxdtest.RawWhole(lxdtest.RawSparse("s", 1<<50, false, 0, 0, 1<<50, 0), lxdtest.RawFile("a", "1")),
+		lxdtest.RawWhole(lxdtest.RawPAX('x', "GNU.sparse.major", "1", "GNU.sparse.minor", "0", "GNU.sparse.name", "../s", "GNU.sparse.realsize", "99"), lxdtest.RawFile("a", "0\n"+strings.Repeat("\x00", 510))),
+		lxdtest.RawWhole(lxdtest.RawHeader{Name: "m", Mode: "0006777\x00"}, lxdtest.RawHeader{Name: "md", Kind: '5', Mode: "0001000\x00"}, lxdtest.RawFile("md/x", "y")),
+		lxdtest.RawWhole(lxdtest.RawOf('3', "c"), lxdtest.RawOf('6', "f"), lxdtest.RawOf('X', "x"), lxdtest.RawSized('7', "seven", "7"), lxdtest.RawSized('D', "dd", "dd")),
+		lxdtest.RawTar(lxdtest.RawFile("a", "1"), make([]byte, 512), lxdtest.RawFile("b", "2"), lxdtest.RawEnd()),
+		lxdtest.RawTar(lxdtest.RawFile("a", "1"), lxdtest.RawEnd(), lxdtest.RawFile("b", "2")),
+		lxdtest.RawFile("a", strings.Repeat("x", 600))[:700],
 	} {
 		f.Add(seed)
 	}

@@ -2,7 +2,6 @@ package transport_test
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -10,7 +9,6 @@ import (
 	"path"
 	"runtime"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -24,152 +22,45 @@ import (
 
 // The hostile host over SFTP: it has no tar, and answers requests as it likes.
 
-// Packets of SFTP.
-const (
-	sftpOpen, sftpClose, sftpRead, sftpLstat, sftpFstat, sftpOpendir = 3, 4, 5, 7, 8, 11
-	sftpReaddir, sftpStat, sftpReadlink                              = 12, 17, 19
-	sftpStatus, sftpHandle, sftpData, sftpName, sftpAttrs            = 101, 102, 103, 104, 105
+// Short names for what the peer is told.
+type (
+	sftpWorld = lxdtest.HostileSFTP
+	sftpFile  = lxdtest.SFTPFile
 )
 
-// sftpWorld is what the host claims to have.
-type sftpWorld struct {
-	list func(dir string, n int) []sftpFile // the n-th answer to a reading of a directory; nil: its end
-	file func(name string) string           // "": as the name of the file says
-	link func(name string) string
+// Packets of SFTP.
+const (
+	sftpOpen, sftpRead, sftpFstat, sftpOpendir = 3, 5, 8, 11
+	sftpReaddir, sftpStat, sftpReadlink        = 12, 17, 19
+	sftpHandle, sftpData, sftpName, sftpAttrs  = 102, 103, 104, 105
+)
 
-	// raw answers in the stead of the others: with a packet, or with none at all.
-	raw func(kind byte, id uint32, what string) (answer []byte, ok bool)
-}
-
-// sftpFile is a line of a listing.
-type sftpFile struct {
-	name string
-	mode uint32
-	size uint64
-	time uint32
-	has  uint32 // 0: size, owner, mode and times
-	more []byte // behind the attributes
-}
-
-func (f sftpFile) attrs(b []byte) []byte {
-	has := f.has
-	if has == 0 {
-		has = 1 | 2 | 4 | 8
-	}
-	be := binary.BigEndian
-	b = be.AppendUint32(b, has)
-	if has&1 != 0 {
-		b = be.AppendUint64(b, f.size)
-	}
-	if has&2 != 0 {
-		b = be.AppendUint64(b, 0)
-	}
-	if has&4 != 0 {
-		b = be.AppendUint32(b, f.mode)
-	}
-	if has&8 != 0 {
-		b = be.AppendUint32(be.AppendUint32(b, f.time), f.time)
-	}
-	return append(b, f.more...)
-}
-
-func sftpString(s string) []byte {
-	return append(binary.BigEndian.AppendUint32(nil, uint32(len(s))), s...)
-}
-
-// sftpPacket frames an answer.
-func sftpPacket(kind byte, id uint32, body ...[]byte) []byte {
-	b := binary.BigEndian.AppendUint32([]byte{0, 0, 0, 0, kind}, id)
-	for _, part := range body {
-		b = append(b, part...)
-	}
-	binary.BigEndian.PutUint32(b, uint32(len(b)-4))
-	return b
-}
-
-func sftpCode(id, code uint32, text string) []byte {
-	return sftpPacket(sftpStatus, id, binary.BigEndian.AppendUint32(nil, code), sftpString(text), sftpString(""))
-}
-
-func sftpNames(id uint32, files ...sftpFile) []byte {
-	body := binary.BigEndian.AppendUint32(nil, uint32(len(files)))
-	for _, f := range files {
-		body = f.attrs(append(append(body, sftpString(f.name)...), sftpString("")...))
-	}
-	return sftpPacket(sftpName, id, body)
-}
-
-// sftpState is what the host remembers.
-type sftpState struct {
-	kind    byte // of the request
-	body    []byte
-	reads   map[string]int // of directories
-	handles []string       // what they are of
-}
-
-// answer answers one request.
-func (w sftpWorld) answer(s *sftpState) ([]byte, bool) {
-	kind, body, reads := s.kind, s.body, s.reads
-	if len(body) < 8 {
-		return nil, true // the greeting
-	}
-	id, n := binary.BigEndian.Uint32(body), binary.BigEndian.Uint32(body[4:])
-	what := string(body[8 : 8+n])
-	rest := body[8+n:]
-	var h int
-	if _, err := fmt.Sscanf(what, "handle %d", &h); err == nil && h < len(s.handles) {
-		what = s.handles[h]
-	}
-	if w.raw != nil {
-		if b, ok := w.raw(kind, id, what); b != nil || !ok {
-			return b, ok
-		}
-	}
-	content := func() string {
-		if w.file != nil {
-			if c := w.file(what); c != "" {
-				return c
-			}
-		}
-		return "content"
-	}
-	switch kind {
-	case sftpOpen, sftpOpendir:
-		s.handles = append(s.handles, what)
-		return sftpPacket(sftpHandle, id, sftpString(fmt.Sprint("handle ", len(s.handles)-1))), true
-	case sftpReaddir:
-		var files []sftpFile
-		if w.list != nil {
-			files = w.list(what, reads[what])
-		} else if what == "/src" && reads[what] == 0 {
-			files = []sftpFile{regular("a", 7)}
-		}
-		reads[what]++
-		if files == nil {
-			return sftpCode(id, 1, "end"), true
-		}
-		return sftpNames(id, files...), true
-	case sftpRead:
-		at, size := binary.BigEndian.Uint64(rest), binary.BigEndian.Uint32(rest[8:])
-		c := content()
-		if at >= uint64(len(c)) {
-			return sftpCode(id, 1, "end"), true
-		}
-		return sftpPacket(sftpData, id, sftpString(c[at:min(at+uint64(size), uint64(len(c)))])), true
-	case sftpStat, sftpLstat, sftpFstat:
-		return sftpPacket(sftpAttrs, id, regular(what, uint64(len(content()))).attrs(nil)), true
-	case sftpReadlink:
-		return sftpNames(id, sftpFile{name: w.link(what)}), true
-	}
-	return sftpCode(id, 0, ""), true
-}
+var (
+	sftpPacket = lxdtest.SFTPPacket
+	sftpString = lxdtest.SFTPString
+	sftpCode   = lxdtest.SFTPStatus
+	sftpNames  = lxdtest.SFTPNames
+)
 
 func regular(name string, size uint64) sftpFile {
-	return sftpFile{name: name, mode: 0o100644, size: size, time: 1e9}
+	return sftpFile{Name: name, Mode: 0o100644, Size: size, Time: 1e9}
 }
-func ofMode(name string, mode uint32) sftpFile { return sftpFile{name: name, mode: mode, time: 1e9} }
+func ofMode(name string, mode uint32) sftpFile { return sftpFile{Name: name, Mode: mode, Time: 1e9} }
 func folder(name string) sftpFile              { return ofMode(name, 0o040755) }
 func symlink(name string) sftpFile             { return ofMode(name, 0o120777) }
+
+// directoryThenLink has a directory d in /src, and then a link of that name, and a file in d.
+func directoryThenLink(dir string, n int) []sftpFile {
+	switch {
+	case dir == "/src" && n == 0:
+		return []sftpFile{folder("d")}
+	case dir == "/src" && n == 1:
+		return []sftpFile{symlink("d")}
+	case dir == "/src/d" && n == 0:
+		return []sftpFile{regular("x", 7)}
+	}
+	return nil
+}
 
 // listed has the same files in /src, and nothing below.
 func listed(files ...sftpFile) func(string, int) []sftpFile {
@@ -185,28 +76,7 @@ func listed(files ...sftpFile) func(string, int) []sftpFile {
 func hostileSFTP(t testing.TB, w sftpWorld) *transport.LXD {
 	t.Helper()
 	host, s := hostile(t, func(*lxdtest.Process) int { return 127 })
-	var mu sync.Mutex // one session after the other
-	state := &sftpState{reads: map[string]int{}}
-	s.Inject(
-		lxdtest.Fault{Route: lxdtest.RouteSFTP, Moment: lxdtest.OnReceive, Do: func(p *lxdtest.Point) lxdtest.Verdict {
-			mu.Lock()
-			defer mu.Unlock()
-			state.kind, state.body = p.Data[0], append([]byte(nil), p.Data[1:]...)
-			return lxdtest.Proceed
-		}},
-		lxdtest.Fault{Route: lxdtest.RouteSFTP, Moment: lxdtest.OnSend, Do: func(p *lxdtest.Point) lxdtest.Verdict {
-			mu.Lock()
-			defer mu.Unlock()
-			b, ok := w.answer(state)
-			if !ok {
-				return lxdtest.Skip
-			}
-			if b != nil {
-				p.Data = b
-			}
-			return lxdtest.Proceed
-		}},
-	)
+	s.Inject(w.Faults()...)
 	return host
 }
 
@@ -225,7 +95,7 @@ const noProtocol = "the other side does not keep to the SFTP protocol"
 
 var sftpTricks = []struct {
 	trick
-	sftpWorld
+	lxdtest.HostileSFTP
 }{
 	{trick{name: "nothing bad", adds: map[string]string{"a": "f644 content"}}, sftpWorld{}},
 	// Names.
@@ -233,7 +103,7 @@ var sftpTricks = []struct {
 		name:    "names that lead out",
 		skipped: map[string]string{"..": `".."`, ".": `"."`, "": "empty", "../x": "slash", "/x": "slash", "a/b": "slash", "nul\x00": "NUL", "d/..": `".."`, "d/": `""`, "d/../../x": "slash"},
 		adds:    map[string]string{"d": "d755", "ok": "f644 content"},
-	}, sftpWorld{list: func(dir string, n int) []sftpFile {
+	}, sftpWorld{List: func(dir string, n int) []sftpFile {
 		switch {
 		case dir == "/src" && n == 0:
 			return []sftpFile{
@@ -244,10 +114,10 @@ var sftpTricks = []struct {
 		}
 		return nil
 	}}},
-	{trick{name: "a name of 5000 bytes", skipped: map[string]string{strings.Repeat("a", 5000): "more than a path can"}}, sftpWorld{list: listed(regular(strings.Repeat("a", 5000), 7))}},
-	{trick{name: "an element of 300 bytes", fails: "file name too long"}, sftpWorld{list: listed(regular(strings.Repeat("a", 300), 7))}},
-	{trick{name: "case collisions", adds: map[string]string{"a": "f644 content", "A": "f644 content"}}, sftpWorld{list: listed(regular("a", 7), regular("A", 7))}},
-	{trick{name: "duplicates", skipped: map[string]string{"a": "twice", "d": "twice", "d/x": "which it is in, is a file", "e/x": "twice", "e": "twice"}, adds: map[string]string{"a": "f644 content", "d": "f644 content", "e": "d755", "e/x": "f644 content"}}, sftpWorld{list: func(dir string, n int) []sftpFile {
+	{trick{name: "a name of 5000 bytes", skipped: map[string]string{strings.Repeat("a", 5000): "more than a path can"}}, sftpWorld{List: listed(regular(strings.Repeat("a", 5000), 7))}},
+	{trick{name: "an element of 300 bytes", fails: "file name too long"}, sftpWorld{List: listed(regular(strings.Repeat("a", 300), 7))}},
+	{trick{name: "case collisions", adds: map[string]string{"a": "f644 content", "A": "f644 content"}}, sftpWorld{List: listed(regular("a", 7), regular("A", 7))}},
+	{trick{name: "duplicates", skipped: map[string]string{"a": "twice", "d": "twice", "d/x": "which it is in, is a file", "e/x": "twice", "e": "twice"}, adds: map[string]string{"a": "f644 content", "d": "f644 content", "e": "d755", "e/x": "f644 content"}}, sftpWorld{List: func(dir string, n int) []sftpFile {
 		switch {
 		case dir == "/src" && n == 0:
 			return []sftpFile{regular("a", 7), regular("a", 7), folder("a"), folder("d"), regular("d", 7), folder("d"), folder("e"), folder("e")}
@@ -257,19 +127,19 @@ var sftpTricks = []struct {
 		return nil
 	}}},
 	// Links.
-	{trick{name: "links, left out", skipped: map[string]string{"l": "SkipSymlinks"}}, sftpWorld{list: listed(symlink("l"))}},
-	{trick{name: "links, rejected", opts: linksRejected, fails: "RejectSymlinks"}, sftpWorld{list: listed(symlink("l"))}},
+	{trick{name: "links, left out", skipped: map[string]string{"l": "SkipSymlinks"}}, sftpWorld{List: listed(symlink("l"))}},
+	{trick{name: "links, rejected", opts: linksRejected, fails: "RejectSymlinks"}, sftpWorld{List: listed(symlink("l"))}},
 	{trick{
 		name: "links, kept", opts: linksKept,
 		skipped: map[string]string{"1": "may lead out", "2": "may lead out", "3": "may lead out", "4": "may lead out", "5": "may lead out", "6": "may lead out"}, adds: map[string]string{"ok": "l old/keep"},
 	}, sftpWorld{
-		list: listed(symlink("1"), symlink("2"), symlink("3"), symlink("4"), symlink("5"), symlink("6"), symlink("ok")),
-		link: func(name string) string {
+		List: listed(symlink("1"), symlink("2"), symlink("3"), symlink("4"), symlink("5"), symlink("6"), symlink("ok")),
+		Link: func(name string) string {
 			return map[string]string{"1": "/outside", "2": "..", "3": "a/../..", "4": "nul\x00", "5": "", "6": strings.Repeat("x/", 3000), "ok": "old/keep"}[path.Base(name)]
 		},
 	}},
 	{trick{name: "links that are written through", opts: linksKept, skipped: map[string]string{"l": "twice", "l/x": "is a symbolic link"}, adds: map[string]string{"l": "l old"}}, sftpWorld{
-		list: func(dir string, n int) []sftpFile {
+		List: func(dir string, n int) []sftpFile {
 			switch {
 			case dir == "/src" && n == 0:
 				return []sftpFile{symlink("l"), folder("l")}
@@ -277,75 +147,81 @@ var sftpTricks = []struct {
 				return []sftpFile{regular("x", 7)}
 			}
 			return nil
-		}, link: func(string) string { return "old" },
+		}, Link: func(string) string { return "old" },
+	}},
+	{trick{name: "a directory that is replaced by a link out", opts: linksKept, skipped: map[string]string{"d": "may lead out"}, adds: map[string]string{"d": "d755", "d/x": "f644 content"}}, sftpWorld{
+		List: directoryThenLink, Link: func(string) string { return "../outside" },
+	}},
+	{trick{name: "a directory that is replaced by a link", opts: linksKept, skipped: map[string]string{"d": "twice", "d/x": "is a symbolic link"}, adds: map[string]string{"d": "l old"}}, sftpWorld{
+		List: directoryThenLink, Link: func(string) string { return "old" },
 	}},
 	{trick{name: "a link with two targets", opts: linksKept, fails: noProtocol}, sftpWorld{
-		list: listed(symlink("l")), raw: onSFTP(sftpReadlink, "", func(id uint32) []byte { return sftpNames(id, regular("a", 1), regular("b", 1)) }),
+		List: listed(symlink("l")), Raw: onSFTP(sftpReadlink, "", func(id uint32) []byte { return sftpNames(id, regular("a", 1), regular("b", 1)) }),
 	}},
 	// Kinds and modes.
 	{trick{name: "devices and the like", skipped: map[string]string{
 		"char": "it is a device", "block": "it is a device", "fifo": "it is a FIFO", "socket": "it is a socket", "none": "unknown type", "all": "unknown type", "no-mode": "unknown type",
-	}}, sftpWorld{list: listed(
-		ofMode("char", 0o020666), ofMode("block", 0o060666), ofMode("fifo", 0o010666), ofMode("socket", 0o140777), ofMode("none", 0o644), ofMode("all", math.MaxUint32), sftpFile{name: "no-mode", has: 1},
+	}}, sftpWorld{List: listed(
+		ofMode("char", 0o020666), ofMode("block", 0o060666), ofMode("fifo", 0o010666), ofMode("socket", 0o140777), ofMode("none", 0o644), ofMode("all", math.MaxUint32), sftpFile{Name: "no-mode", Has: 1},
 	)}},
-	{trick{name: "modes", adds: map[string]string{"f": "f755 content", "d": "d777", "n": "f0 content"}}, sftpWorld{list: listed(
-		sftpFile{name: "f", mode: 0o106755, size: 7}, ofMode("d", 0o041777), sftpFile{name: "n", mode: 0o100000, size: 7, time: math.MaxUint32},
+	{trick{name: "modes", adds: map[string]string{"f": "f755 content", "d": "d777", "n": "f0 content"}}, sftpWorld{List: listed(
+		sftpFile{Name: "f", Mode: 0o106755, Size: 7}, ofMode("d", 0o041777), sftpFile{Name: "n", Mode: 0o100000, Size: 7, Time: math.MaxUint32},
 	)}},
-	{trick{name: "files without a size", skipped: map[string]string{"a": "does not say how many bytes"}}, sftpWorld{list: listed(sftpFile{name: "a", mode: 0o100644, has: 4})}},
-	{trick{name: "extended attributes that lie", fails: noProtocol}, sftpWorld{list: listed(sftpFile{name: "a", mode: 0o100644, has: 0x80000004, more: []byte{0xff, 0xff, 0xff, 0xff}})}},
+	{trick{name: "files without a size", skipped: map[string]string{"a": "does not say how many bytes"}}, sftpWorld{List: listed(sftpFile{Name: "a", Mode: 0o100644, Has: 4})}},
+	{trick{name: "extended attributes that lie", fails: noProtocol}, sftpWorld{List: listed(sftpFile{Name: "a", Mode: 0o100644, Has: 0x80000004, More: []byte{0xff, 0xff, 0xff, 0xff}})}},
 	// Sizes.
-	{trick{name: "less than the host says", fails: "the host said 1000 bytes, 7 came", is: nil}, sftpWorld{list: listed(regular("a", 1000))}},
-	{trick{name: "more than the host says", fails: "the host said 3 bytes and sent more"}, sftpWorld{list: listed(regular("a", 3))}},
-	{trick{name: "petabytes", fails: "7 came"}, sftpWorld{list: listed(regular("a", 1<<60))}},
-	{trick{name: "the largest size", fails: "7 came"}, sftpWorld{list: listed(regular("a", math.MaxInt64-1))}},
-	{trick{name: "a negative size", skipped: map[string]string{"a": "does not say how many bytes", "b": "does not say"}}, sftpWorld{list: listed(regular("a", math.MaxUint64), regular("b", math.MaxInt64))}},
-	{trick{name: "sizes and MaxFileBytes", opts: transport.TreeOptions{MaxFileBytes: 10}, fails: "MaxFileBytes", is: transport.ErrLimit}, sftpWorld{list: listed(regular("a", 11))}},
-	{trick{name: "sizes and MaxBytes", opts: transport.TreeOptions{MaxBytes: 20}, fails: "MaxBytes", is: transport.ErrLimit}, sftpWorld{list: listed(regular("a", 7), regular("b", 7), regular("c", 7))}},
-	{trick{name: "a file without end", fails: "the host said 3000 bytes and sent more"}, sftpWorld{list: listed(regular("a", 3000)), raw: func(kind byte, id uint32, what string) ([]byte, bool) {
+	{trick{name: "less than the host says", fails: "the host said 1000 bytes, 7 came", is: nil}, sftpWorld{List: listed(regular("a", 1000))}},
+	{trick{name: "more than the host says", fails: "the host said 3 bytes and sent more"}, sftpWorld{List: listed(regular("a", 3))}},
+	{trick{name: "petabytes", fails: "7 came"}, sftpWorld{List: listed(regular("a", 1<<60))}},
+	{trick{name: "the largest size", fails: "7 came"}, sftpWorld{List: listed(regular("a", math.MaxInt64-1))}},
+	{trick{name: "a negative size", skipped: map[string]string{"a": "does not say how many bytes", "b": "does not say"}}, sftpWorld{List: listed(regular("a", math.MaxUint64), regular("b", math.MaxInt64))}},
+	{trick{name: "sizes and MaxFileBytes", opts: transport.TreeOptions{MaxFileBytes: 10}, fails: "MaxFileBytes", is: transport.ErrLimit}, sftpWorld{List: listed(regular("a", 11))}},
+	{trick{name: "sizes and MaxBytes", opts: transport.TreeOptions{MaxBytes: 20}, fails: "MaxBytes", is: transport.ErrLimit}, sftpWorld{List: listed(regular("a", 7), regular("b", 7), regular("c", 7))}},
+	{trick{name: "a file without end", fails: "the host said 3000 bytes and sent more"}, sftpWorld{List: listed(regular("a", 3000)), Raw: func(kind byte, id uint32, what string) ([]byte, bool) {
 		if kind != sftpRead {
 			return nil, true
 		}
 		return sftpPacket(sftpData, id, sftpString("x")), true // one byte at a time, for ever
 	}}},
 	// Listings.
-	{trick{name: "a listing without end", opts: transport.TreeOptions{MaxEntries: 2000}, fails: "MaxEntries", is: transport.ErrLimit}, sftpWorld{list: func(_ string, n int) []sftpFile {
+	{trick{name: "a listing without end", opts: transport.TreeOptions{MaxEntries: 2000}, fails: "MaxEntries", is: transport.ErrLimit}, sftpWorld{List: func(_ string, n int) []sftpFile {
 		return []sftpFile{regular("../x", 7), ofMode("fifo", 0o010666)}
 	}}},
-	{trick{name: "directories without end", opts: transport.TreeOptions{MaxEntries: 300}, fails: "MaxEntries", is: transport.ErrLimit}, sftpWorld{list: func(_ string, n int) []sftpFile {
+	{trick{name: "directories without end", opts: transport.TreeOptions{MaxEntries: 300}, fails: "MaxEntries", is: transport.ErrLimit}, sftpWorld{List: func(_ string, n int) []sftpFile {
 		if n == 0 {
 			return []sftpFile{folder("a"), folder("b")}
 		}
 		return nil
 	}}},
-	{trick{name: "a directory in itself without end", opts: transport.TreeOptions{MaxDepth: 150}, fails: "MaxDepth", is: transport.ErrLimit}, sftpWorld{list: func(_ string, n int) []sftpFile {
+	{trick{name: "a directory in itself without end", opts: transport.TreeOptions{MaxDepth: 150}, fails: "MaxDepth", is: transport.ErrLimit}, sftpWorld{List: func(_ string, n int) []sftpFile {
 		if n == 0 {
 			return []sftpFile{folder("a")}
 		}
 		return nil
 	}}},
-	{trick{name: "a listing of nothing", fails: noProtocol}, sftpWorld{list: func(string, int) []sftpFile { return []sftpFile{} }}},
-	{trick{name: "a listing of more than comes", fails: noProtocol}, sftpWorld{raw: onSFTP(sftpReaddir, "", func(id uint32) []byte {
+	{trick{name: "a listing of nothing", fails: noProtocol}, sftpWorld{List: func(string, int) []sftpFile { return []sftpFile{} }}},
+	{trick{name: "a listing of more than comes", fails: noProtocol}, sftpWorld{Raw: onSFTP(sftpReaddir, "", func(id uint32) []byte {
 		return sftpPacket(sftpName, id, []byte{0xff, 0xff, 0xff, 0xff}, make([]byte, 1000))
 	})}},
-	{trick{name: "a listing that breaks off", fails: noProtocol}, sftpWorld{raw: onSFTP(sftpReaddir, "", func(id uint32) []byte {
+	{trick{name: "a listing that breaks off", fails: noProtocol}, sftpWorld{Raw: onSFTP(sftpReaddir, "", func(id uint32) []byte {
 		return sftpPacket(sftpName, id, []byte{0, 0, 0, 1, 0, 0, 0, 90}, make([]byte, 20))
 	})}},
-	{trick{name: "a directory that is none", fails: "not a directory"}, sftpWorld{raw: onSFTP(sftpOpendir, "", func(id uint32) []byte { return sftpCode(id, 4, "open /src: not a directory") })}},
-	{trick{name: "no such directory", is: fs.ErrNotExist}, sftpWorld{raw: onSFTP(sftpOpendir, "", func(id uint32) []byte { return sftpCode(id, 2, "no such file") })}},
+	{trick{name: "a directory that is none", fails: "not a directory"}, sftpWorld{Raw: onSFTP(sftpOpendir, "", func(id uint32) []byte { return sftpCode(id, 4, "open /src: not a directory") })}},
+	{trick{name: "no such directory", is: fs.ErrNotExist}, sftpWorld{Raw: onSFTP(sftpOpendir, "", func(id uint32) []byte { return sftpCode(id, 2, "no such file") })}},
 	// Packets.
-	{trick{name: "a handle of 10 KiB", fails: noProtocol}, sftpWorld{raw: onSFTP(sftpOpendir, "", func(id uint32) []byte { return sftpPacket(sftpHandle, id, sftpString(strings.Repeat("h", 10<<10))) })}},
-	{trick{name: "a handle of 10 KiB for a file", fails: noProtocol}, sftpWorld{raw: onSFTP(sftpOpen, "", func(id uint32) []byte { return sftpPacket(sftpHandle, id, sftpString(strings.Repeat("h", 10<<10))) })}},
-	{trick{name: "a wrong id", fails: noProtocol}, sftpWorld{raw: onSFTP(sftpReaddir, "", func(id uint32) []byte { return sftpCode(id+1000, 1, "") })}},
-	{trick{name: "a huge packet", fails: noProtocol}, sftpWorld{raw: onSFTP(sftpReaddir, "", func(id uint32) []byte { return []byte{0xff, 0xff, 0xff, 0xff, sftpName, 0, 0, 0, 0} })}},
-	{trick{name: "a huge status", fails: noProtocol}, sftpWorld{raw: onSFTP(sftpOpendir, "", func(id uint32) []byte { return sftpCode(id, 4, strings.Repeat("x", 250<<10)) })}},
-	{trick{name: "a status with a terminal's commands", fails: "31m"}, sftpWorld{raw: onSFTP(sftpOpendir, "", func(id uint32) []byte { return sftpCode(id, 4, "\x1b[31mno\x00\n") })}},
-	{trick{name: "more data than was asked for", fails: noProtocol}, sftpWorld{raw: onSFTP(sftpRead, "", func(id uint32) []byte { return sftpPacket(sftpData, id, sftpString(strings.Repeat("x", 200<<10))) })}},
-	{trick{name: "no data", fails: noProtocol}, sftpWorld{raw: onSFTP(sftpRead, "", func(id uint32) []byte { return sftpPacket(sftpData, id, sftpString("")) })}},
-	{trick{name: "a negative length of data", fails: noProtocol}, sftpWorld{raw: onSFTP(sftpRead, "", func(id uint32) []byte { return sftpPacket(sftpData, id, []byte{0xff, 0xff, 0xff, 0xff}, []byte("x")) })}},
-	{trick{name: "an answer of another type", fails: noProtocol}, sftpWorld{raw: onSFTP(sftpRead, "", func(id uint32) []byte { return sftpNames(id, regular("a", 1)) })}},
-	{trick{name: "success where there is none", fails: "SFTP"}, sftpWorld{raw: onSFTP(sftpOpendir, "", func(id uint32) []byte { return sftpCode(id, 0, "") })}},
-	{trick{name: "garbage", fails: "SFTP"}, sftpWorld{raw: onSFTP(sftpReaddir, "", func(id uint32) []byte { return []byte(strings.Repeat("garbage ", 100)) })}},
-	{trick{name: "a flood of statuses", fails: "SFTP"}, sftpWorld{raw: onSFTP(sftpReaddir, "", func(id uint32) []byte { return []byte(strings.Repeat(string(sftpCode(id, 4, "no")), 10000)) })}},
+	{trick{name: "a handle of 10 KiB", fails: noProtocol}, sftpWorld{Raw: onSFTP(sftpOpendir, "", func(id uint32) []byte { return sftpPacket(sftpHandle, id, sftpString(strings.Repeat("h", 10<<10))) })}},
+	{trick{name: "a handle of 10 KiB for a file", fails: noProtocol}, sftpWorld{Raw: onSFTP(sftpOpen, "", func(id uint32) []byte { return sftpPacket(sftpHandle, id, sftpString(strings.Repeat("h", 10<<10))) })}},
+	{trick{name: "a wrong id", fails: noProtocol}, sftpWorld{Raw: onSFTP(sftpReaddir, "", func(id uint32) []byte { return sftpCode(id+1000, 1, "") })}},
+	{trick{name: "a huge packet", fails: noProtocol}, sftpWorld{Raw: onSFTP(sftpReaddir, "", func(id uint32) []byte { return []byte{0xff, 0xff, 0xff, 0xff, sftpName, 0, 0, 0, 0} })}},
+	{trick{name: "a huge status", fails: noProtocol}, sftpWorld{Raw: onSFTP(sftpOpendir, "", func(id uint32) []byte { return sftpCode(id, 4, strings.Repeat("x", 250<<10)) })}},
+	{trick{name: "a status with a terminal's commands", fails: "31m"}, sftpWorld{Raw: onSFTP(sftpOpendir, "", func(id uint32) []byte { return sftpCode(id, 4, "\x1b[31mno\x00\n") })}},
+	{trick{name: "more data than was asked for", fails: noProtocol}, sftpWorld{Raw: onSFTP(sftpRead, "", func(id uint32) []byte { return sftpPacket(sftpData, id, sftpString(strings.Repeat("x", 200<<10))) })}},
+	{trick{name: "no data", fails: noProtocol}, sftpWorld{Raw: onSFTP(sftpRead, "", func(id uint32) []byte { return sftpPacket(sftpData, id, sftpString("")) })}},
+	{trick{name: "a negative length of data", fails: noProtocol}, sftpWorld{Raw: onSFTP(sftpRead, "", func(id uint32) []byte { return sftpPacket(sftpData, id, []byte{0xff, 0xff, 0xff, 0xff}, []byte("x")) })}},
+	{trick{name: "an answer of another type", fails: noProtocol}, sftpWorld{Raw: onSFTP(sftpRead, "", func(id uint32) []byte { return sftpNames(id, regular("a", 1)) })}},
+	{trick{name: "success where there is none", fails: "SFTP"}, sftpWorld{Raw: onSFTP(sftpOpendir, "", func(id uint32) []byte { return sftpCode(id, 0, "") })}},
+	{trick{name: "garbage", fails: "SFTP"}, sftpWorld{Raw: onSFTP(sftpReaddir, "", func(id uint32) []byte { return []byte(strings.Repeat("garbage ", 100)) })}},
+	{trick{name: "a flood of statuses", fails: "SFTP"}, sftpWorld{Raw: onSFTP(sftpReaddir, "", func(id uint32) []byte { return []byte(strings.Repeat(string(sftpCode(id, 4, "no")), 10000)) })}},
 }
 
 func TestHostileSFTP(t *testing.T) {
@@ -355,7 +231,7 @@ func TestHostileSFTP(t *testing.T) {
 			t.Parallel()
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()
-			err := k.on(t, ctx, hostileSFTP(t, k.sftpWorld))
+			err := k.on(t, ctx, hostileSFTP(t, k.HostileSFTP))
 			if err != nil {
 				assert.NotContains(t, err.Error(), "\x1b", "what the host says reaches the terminal as it is")
 				assert.NotContains(t, err.Error(), "\x00")
@@ -371,16 +247,16 @@ func TestHostileSFTPAndContext(t *testing.T) {
 	silent := func(uint32) []byte { return nil }
 	for _, k := range []struct {
 		name string
-		sftpWorld
+		lxdtest.HostileSFTP
 	}{
-		{"no answer to an opening of a directory", sftpWorld{raw: onSFTP(sftpOpendir, "", silent)}},
-		{"no answer to a reading of a directory", sftpWorld{raw: onSFTP(sftpReaddir, "", silent)}},
-		{"no answer to an opening", sftpWorld{raw: onSFTP(sftpOpen, "", silent)}},
-		{"no answer to a reading", sftpWorld{raw: onSFTP(sftpRead, "", silent)}},
-		{"no answer to anything", sftpWorld{raw: func(byte, uint32, string) ([]byte, bool) { return nil, false }}},
-		{"half a packet", sftpWorld{raw: onSFTP(sftpReaddir, "", func(id uint32) []byte { return sftpNames(id, regular("abc", 7))[:20] })}},
-		{"a listing without end", sftpWorld{list: func(string, int) []sftpFile { return []sftpFile{ofMode("fifo", 0o010666)} }}},
-		{"a file without end", sftpWorld{list: listed(regular("a", math.MaxInt64-1)), raw: onSFTP(sftpRead, "", func(id uint32) []byte { return sftpPacket(sftpData, id, sftpString("x")) })}},
+		{"no answer to an opening of a directory", sftpWorld{Raw: onSFTP(sftpOpendir, "", silent)}},
+		{"no answer to a reading of a directory", sftpWorld{Raw: onSFTP(sftpReaddir, "", silent)}},
+		{"no answer to an opening", sftpWorld{Raw: onSFTP(sftpOpen, "", silent)}},
+		{"no answer to a reading", sftpWorld{Raw: onSFTP(sftpRead, "", silent)}},
+		{"no answer to anything", sftpWorld{Raw: func(byte, uint32, string) ([]byte, bool) { return nil, false }}},
+		{"half a packet", sftpWorld{Raw: onSFTP(sftpReaddir, "", func(id uint32) []byte { return sftpNames(id, regular("abc", 7))[:20] })}},
+		{"a listing without end", sftpWorld{List: func(string, int) []sftpFile { return []sftpFile{ofMode("fifo", 0o010666)} }}},
+		{"a file without end", sftpWorld{List: listed(regular("a", math.MaxInt64-1)), Raw: onSFTP(sftpRead, "", func(id uint32) []byte { return sftpPacket(sftpData, id, sftpString("x")) })}},
 	} {
 		t.Run(k.name, func(t *testing.T) {
 			t.Parallel()
@@ -389,7 +265,7 @@ func TestHostileSFTPAndContext(t *testing.T) {
 			timer := time.AfterFunc(500*time.Millisecond, func() { cancel(enough) })
 			defer timer.Stop()
 			p := newPlaces(t)
-			_, err := transport.DownloadTree(ctx, hostileSFTP(t, k.sftpWorld), "/src", p.root, nil)
+			_, err := transport.DownloadTree(ctx, hostileSFTP(t, k.HostileSFTP), "/src", p.root, nil)
 			assert.ErrorIs(t, err, enough)
 			p.check(t, nil)
 		})
@@ -401,7 +277,7 @@ func TestHostileSFTPMemory(t *testing.T) {
 	pad := func(files []sftpFile) []sftpFile { // up to what a packet may have
 		size := 0
 		for _, f := range files {
-			size += len(f.name) + 40
+			size += len(f.Name) + 40
 		}
 		for n := 0; size < 240<<10; n++ {
 			files = append(files, ofMode(fmt.Sprint(n, strings.Repeat("x", 200)), 0o010666))
@@ -414,10 +290,10 @@ func TestHostileSFTPMemory(t *testing.T) {
 		few, of int
 		list    func(most int) func(string, int) []sftpFile
 	}{
-		{"one directory", 2000, 100_000, func(most int) func(string, int) []sftpFile {
+		{"one directory", 2000, tenMillion(100_000), func(most int) func(string, int) []sftpFile {
 			return func(dir string, n int) []sftpFile {
 				var files []sftpFile
-				for i := n * 100; i < min(most, n*100+100); i++ {
+				for i := n * 1000; i < min(most, n*1000+1000); i++ {
 					files = append(files, ofMode(fmt.Sprintf("fifo%d", i), 0o010666))
 				}
 				return files
@@ -443,7 +319,7 @@ func TestHostileSFTPMemory(t *testing.T) {
 			for i, count := range []int{c.few, c.of} {
 				var heap atomic.Uint64
 				list := c.list(count)
-				host := hostileSFTP(t, sftpWorld{list: list})
+				host := hostileSFTP(t, sftpWorld{List: list})
 				p := newPlaces(t)
 				seen := 0
 				look := func() {
@@ -454,7 +330,7 @@ func TestHostileSFTPMemory(t *testing.T) {
 						heap.Store(max(heap.Load(), m.HeapAlloc))
 					}
 				}
-				_, err := transport.DownloadTree(soon(t), host, "/src", p.root, &transport.TreeOptions{Skipped: func(string, error) { look() }})
+				_, err := transport.DownloadTree(enduring(t), host, "/src", p.root, &transport.TreeOptions{Skipped: func(string, error) { look() }})
 				require.NoError(t, err)
 				heaps[i] = heap.Load()
 				require.NotZero(t, heaps[i])
@@ -474,7 +350,7 @@ func TestHostileDownload(t *testing.T) {
 			if kind != sftpStat && kind != sftpFstat {
 				return nil, true
 			}
-			return sftpPacket(sftpAttrs, id, sftpFile{mode: mode, size: n}.attrs(nil)), true
+			return sftpPacket(sftpAttrs, id, sftpFile{Mode: mode, Size: n}.Attrs()), true
 		}
 	}
 	for _, k := range []struct {
@@ -495,7 +371,7 @@ func TestHostileDownload(t *testing.T) {
 		{name: "without end, and a limit", raw: func(kind byte, id uint32, what string) ([]byte, bool) {
 			switch kind {
 			case sftpStat, sftpFstat:
-				return sftpPacket(sftpAttrs, id, regular("", 0).attrs(nil)), true // as those of /proc
+				return sftpPacket(sftpAttrs, id, regular("", 0).Attrs()), true // as those of /proc
 			case sftpRead:
 				return sftpPacket(sftpData, id, sftpString("xxxxxxxx")), true
 			}
@@ -508,7 +384,7 @@ func TestHostileDownload(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()
 			var out strings.Builder
-			err := hostileSFTP(t, sftpWorld{raw: k.raw}).Download(ctx, "/src/real", &out, &k.opts)
+			err := hostileSFTP(t, sftpWorld{Raw: k.raw}).Download(ctx, "/src/real", &out, &k.opts)
 			require.Error(t, err)
 			assert.ErrorContains(t, err, k.fails)
 			if k.is != nil {

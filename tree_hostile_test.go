@@ -163,21 +163,14 @@ func hostile(t testing.TB, handler lxdtest.Handler) (*transport.LXD, *lxdtest.Se
 }
 
 func (k trick) handler(p *lxdtest.Process) int {
-	io.WriteString(p.Stderr, k.says)
-	switch k.answer {
+	answer := k.answer
+	switch answer {
 	case "":
-		io.WriteString(p.Stdout, "gnu\n")
+		answer = "gnu\n"
 	case "-":
-	default:
-		io.WriteString(p.Stdout, k.answer)
+		answer = ""
 	}
-	switch send := k.send.(type) {
-	case []byte:
-		p.Stdout.Write(send)
-	case func(io.Writer):
-		send(p.Stdout)
-	}
-	return k.status
+	return lxdtest.HostileTar{Answer: answer, Send: k.send, Says: k.says, Status: k.status}.Handler(p)
 }
 
 // on plays the trick.
@@ -219,20 +212,20 @@ func (k trick) on(t *testing.T, ctx context.Context, host transport.Transport) e
 }
 
 var (
-	tarOf         = transport.RawTar
-	tarWhole      = transport.RawWhole
-	tarFile       = transport.RawFile
-	tarDir        = transport.RawDir
-	tarLink       = transport.RawLink
-	tarHard       = transport.RawHard
-	tarPax        = transport.RawPAX
-	tarOctal      = transport.RawOctal
-	tarLong       = transport.RawLong
+	tarOf         = lxdtest.RawTar
+	tarWhole      = lxdtest.RawWhole
+	tarFile       = lxdtest.RawFile
+	tarDir        = lxdtest.RawDir
+	tarLink       = lxdtest.RawLink
+	tarHard       = lxdtest.RawHard
+	tarPax        = lxdtest.RawPAX
+	tarOctal      = lxdtest.RawOctal
+	tarLong       = lxdtest.RawLong
 	linksKept     = transport.TreeOptions{Symlinks: transport.KeepSymlinks}
 	linksRejected = transport.TreeOptions{Symlinks: transport.RejectSymlinks}
 )
 
-type tarHeader = transport.RawHeader
+type tarHeader = lxdtest.RawHeader
 
 // forever sends first, and then again and again what next makes, until nobody listens.
 func forever(first []byte, next func(n int) []byte) func(io.Writer) {
@@ -289,8 +282,8 @@ var tarTricks = []trick{
 	{name: "an extended header of a gigabyte", send: func(w io.Writer) {
 		forever(tarOf(tarDir("./"), tarHeader{Name: "x", Kind: 'x', Size: tarOctal(1 << 30)}), noughts)(w)
 	}, fails: "the host's tar"},
-	{name: "a record that lies about its length", send: tarWhole(transport.RawSized('x', "x", "999999999999 path=a\n"), tarFile("x", "")), fails: "the host's tar stream is broken"},
-	{name: "a record without an end", send: tarWhole(transport.RawSized('x', "x", "9 path=abcdef"), tarFile("x", "")), fails: "the host's tar stream is broken"},
+	{name: "a record that lies about its length", send: tarWhole(lxdtest.RawSized('x', "x", "999999999999 path=a\n"), tarFile("x", "")), fails: "the host's tar stream is broken"},
+	{name: "a record without an end", send: tarWhole(lxdtest.RawSized('x', "x", "9 path=abcdef"), tarFile("x", "")), fails: "the host's tar stream is broken"},
 	{
 		name: "a global header", send: tarWhole(tarPax('g', "path", "../pwned", "size", "99"), tarFile("a", "1")),
 		skipped: map[string]string{"../pwned": `an entry of an unknown type 'g'`}, adds: map[string]string{"a": "f644 1"},
@@ -385,9 +378,9 @@ var tarTricks = []trick{
 	// Kinds and modes.
 	{
 		name: "devices and the like", send: tarWhole(
-			transport.RawOf('3', "char"), transport.RawOf('4', "block"), transport.RawOf('6', "fifo"), transport.RawOf('s', "socket"), transport.RawSized('D', "dump", "x"),
-			transport.RawSized('M', "multi", "x"), transport.RawSized('V', "volume", "x"), transport.RawOf(0xff, "ff"), transport.RawOf('X', "solaris"), transport.RawOf('A', "vendor"),
-			transport.RawSized('7', "contiguous", "is a file"), tarHeader{Name: "old", Kind: 1, Magic: transport.RawV7}, tarHeader{Name: "old-dir/", Patch: func(b []byte) { b[156] = 0 }},
+			lxdtest.RawOf('3', "char"), lxdtest.RawOf('4', "block"), lxdtest.RawOf('6', "fifo"), lxdtest.RawOf('s', "socket"), lxdtest.RawSized('D', "dump", "x"),
+			lxdtest.RawSized('M', "multi", "x"), lxdtest.RawSized('V', "volume", "x"), lxdtest.RawOf(0xff, "ff"), lxdtest.RawOf('X', "solaris"), lxdtest.RawOf('A', "vendor"),
+			lxdtest.RawSized('7', "contiguous", "is a file"), tarHeader{Name: "old", Kind: 1, Magic: lxdtest.RawV7}, tarHeader{Name: "old-dir/", Patch: func(b []byte) { b[156] = 0 }},
 		),
 		skipped: map[string]string{
 			"char": "it is a device", "block": "it is a device", "fifo": "it is a FIFO", "socket": "an entry of an unknown type 's'", "dump": "unknown type", "multi": "unknown type",
@@ -399,7 +392,7 @@ var tarTricks = []trick{
 		name: "modes", send: tarWhole(
 			tarHeader{Name: "suid", Mode: "0006755\x00"}, tarHeader{Name: "sticky", Kind: '5', Mode: "0001777\x00"}, tarHeader{Name: "sgid", Kind: '5', Mode: "0002770\x00"},
 			tarHeader{Name: "all", Mode: "7777777\x00"}, tarHeader{Name: "device", Mode: "0060644\x00"},
-			tarHeader{Name: "negative", Mode: "\xff\xff\xff\xff\xff\xff\xff\xff"}, tarHeader{Name: "large", Magic: transport.RawGNU, Mode: "\x80\x00\xff\xff\xff\xff\xff\xff"},
+			tarHeader{Name: "negative", Mode: "\xff\xff\xff\xff\xff\xff\xff\xff"}, tarHeader{Name: "large", Magic: lxdtest.RawGNU, Mode: "\x80\x00\xff\xff\xff\xff\xff\xff"},
 		),
 		adds: map[string]string{
 			"suid": "f755 ", "sticky": "d777", "sgid": "d770", "all": "f777 ", "device": "f644 ", "negative": "f777 ", "large": "f777 ",
@@ -407,8 +400,8 @@ var tarTricks = []trick{
 	},
 	{
 		name: "times", send: tarWhole(
-			tarHeader{Name: "late", Time: "77777777777\x00"}, tarHeader{Name: "negative", Time: transport.RawBase256(-1 << 62)}, tarHeader{Name: "large", Time: transport.RawBase256(math.MaxInt64)},
-			tarHeader{Name: "dir", Kind: '5', Time: transport.RawBase256(math.MinInt64)}, tarPax('x', "mtime", "9223372036854775807.999999999"), tarFile("pax", ""),
+			tarHeader{Name: "late", Time: "77777777777\x00"}, tarHeader{Name: "negative", Time: lxdtest.RawBase256(-1 << 62)}, tarHeader{Name: "large", Time: lxdtest.RawBase256(math.MaxInt64)},
+			tarHeader{Name: "dir", Kind: '5', Time: lxdtest.RawBase256(math.MinInt64)}, tarPax('x', "mtime", "9223372036854775807.999999999"), tarFile("pax", ""),
 			tarPax('x', "mtime", "-9223372036854775808"), tarFile("pax2", ""),
 		),
 		adds: map[string]string{"late": "f644 ", "negative": "f644 ", "large": "f644 ", "dir": "d644", "pax": "f644 ", "pax2": "f644 "},
@@ -417,12 +410,12 @@ var tarTricks = []trick{
 	// Sizes.
 	{name: "less than the header says", send: tarOf(tarDir("./"), tarHeader{Name: "a", Size: tarOctal(1000)}, "short"), fails: "came", is: io.ErrUnexpectedEOF},
 	{name: "more than the header says", send: tarWhole(tarHeader{Name: "a", Size: tarOctal(3)}, strings.Repeat("more than said", 100), tarFile("b", "")), fails: "the host's tar stream is broken behind \"a\""},
-	{name: "petabytes", send: tarOf(tarDir("./"), tarHeader{Name: "a", Magic: transport.RawGNU, Size: transport.RawBase256(1 << 60)}, "short"), fails: "came", is: io.ErrUnexpectedEOF},
-	{name: "the largest size", send: tarOf(tarDir("./"), tarHeader{Name: "a", Magic: transport.RawGNU, Size: transport.RawBase256(math.MaxInt64)}, "short"), fails: "came", is: io.ErrUnexpectedEOF},
+	{name: "petabytes", send: tarOf(tarDir("./"), tarHeader{Name: "a", Magic: lxdtest.RawGNU, Size: lxdtest.RawBase256(1 << 60)}, "short"), fails: "came", is: io.ErrUnexpectedEOF},
+	{name: "the largest size", send: tarOf(tarDir("./"), tarHeader{Name: "a", Magic: lxdtest.RawGNU, Size: lxdtest.RawBase256(math.MaxInt64)}, "short"), fails: "came", is: io.ErrUnexpectedEOF},
 	{name: "the largest size in an extended header", send: tarOf(tarDir("./"), tarPax('x', "size", "9223372036854775807"), tarHeader{Name: "a"}, "short"), fails: "came", is: io.ErrUnexpectedEOF},
-	{name: "a negative size", send: tarWhole(tarHeader{Name: "a", Magic: transport.RawGNU, Size: transport.RawBase256(-1)}, tarFile("b", "")), fails: "the host's tar stream is broken"},
+	{name: "a negative size", send: tarWhole(tarHeader{Name: "a", Magic: lxdtest.RawGNU, Size: lxdtest.RawBase256(-1)}, tarFile("b", "")), fails: "the host's tar stream is broken"},
 	{name: "a negative size in an extended header", send: tarWhole(tarPax('x', "size", "-5"), tarFile("b", "")), fails: "the host's tar stream is broken"},
-	{name: "a size of more than 64 bits", send: tarWhole(tarHeader{Name: "a", Magic: transport.RawGNU, Size: "\x81" + strings.Repeat("\xff", 11)}), fails: "the host's tar stream is broken"},
+	{name: "a size of more than 64 bits", send: tarWhole(tarHeader{Name: "a", Magic: lxdtest.RawGNU, Size: "\x81" + strings.Repeat("\xff", 11)}), fails: "the host's tar stream is broken"},
 	{name: "a directory with a size", send: tarWhole(tarHeader{Name: "d", Kind: '5', Size: tarOctal(1 << 32)}, tarFile("d/a", "1")), adds: map[string]string{"d": "d644", "d/a": "f644 1"}},
 	{name: "a link with a size", opts: linksKept, send: tarWhole(tarHeader{Name: "l", Kind: '2', Link: "old", Size: tarOctal(1 << 32)}, tarFile("a", "1")), adds: map[string]string{"l": "l old", "a": "f644 1"}},
 	{name: "sizes and MaxFileBytes", opts: transport.TreeOptions{MaxFileBytes: 10}, send: tarWhole(tarFile("a", "0123456789"), tarFile("b", "0123456789+")), fails: "TreeOptions.MaxFileBytes", is: transport.ErrLimit},
@@ -434,10 +427,10 @@ var tarTricks = []trick{
 	// Sparse maps.
 	{
 		name: "sparse maps", send: tarWhole(
-			transport.RawSparse("gnu", 1<<60, false), transport.RawSparse("gnu2", 1<<50, false, 0, 0, 1<<50, 0),
+			lxdtest.RawSparse("gnu", 1<<60, false), lxdtest.RawSparse("gnu2", 1<<50, false, 0, 0, 1<<50, 0),
 			tarPax('x', "GNU.sparse.map", "0,0", "GNU.sparse.size", "1125899906842624", "GNU.sparse.numblocks", "1"), tarFile("pax01", ""),
 			tarPax('x', "GNU.sparse.major", "0", "GNU.sparse.minor", "1", "GNU.sparse.numblocks", "0", "GNU.sparse.name", "../x", "GNU.sparse.size", "1125899906842624"), tarFile("pax01b", ""),
-			tarPax('x', "GNU.sparse.major", "1", "GNU.sparse.minor", "0", "GNU.sparse.name", "pax10", "GNU.sparse.realsize", "1125899906842624"), transport.RawSized('0', "x", "0\n"+strings.Repeat("\x00", 510)),
+			tarPax('x', "GNU.sparse.major", "1", "GNU.sparse.minor", "0", "GNU.sparse.name", "pax10", "GNU.sparse.realsize", "1125899906842624"), lxdtest.RawSized('0', "x", "0\n"+strings.Repeat("\x00", 510)),
 			tarPax('x', "GNU.sparse.major", "2", "GNU.sparse.minor", "0"), tarFile("pax20", "x"), tarFile("a", "1"),
 		),
 		skipped: map[string]string{
@@ -445,9 +438,9 @@ var tarTricks = []trick{
 		},
 		adds: map[string]string{"a": "f644 1"},
 	},
-	{name: "a sparse map that lies", send: tarWhole(transport.RawSparse("gnu", 10, false, 5, 100)), fails: "the host's tar stream is broken"},
-	{name: "a sparse map of negative numbers", send: tarWhole(transport.RawSparse("gnu", -10, false, -5, -100)), fails: "the host's tar stream is broken"},
-	{name: "a sparse map without end", send: forever(tarOf(tarDir("./"), transport.RawSparse("gnu", 1<<60, true)), func(int) []byte {
+	{name: "a sparse map that lies", send: tarWhole(lxdtest.RawSparse("gnu", 10, false, 5, 100)), fails: "the host's tar stream is broken"},
+	{name: "a sparse map of negative numbers", send: tarWhole(lxdtest.RawSparse("gnu", -10, false, -5, -100)), fails: "the host's tar stream is broken"},
+	{name: "a sparse map without end", send: forever(tarOf(tarDir("./"), lxdtest.RawSparse("gnu", 1<<60, true)), func(int) []byte {
 		b := make([]byte, 512)
 		b[504] = 1
 		return b
@@ -457,11 +450,11 @@ var tarTricks = []trick{
 	{name: "the end in the middle of a header", send: tarWhole(tarFile("a", "1"))[:1800], fails: "breaks off", is: io.ErrUnexpectedEOF},
 	{name: "no more than an answer", send: []byte{}, fails: "breaks off", is: io.ErrUnexpectedEOF},
 	{name: "garbage", send: bytes.Repeat([]byte("garbage "), 1000), fails: "the host's tar stream is broken behind the beginning"},
-	{name: "one zero block in the middle", send: tarOf(tarFile("a", "1"), make([]byte, 512), tarFile("b", "2"), transport.RawEnd()), fails: "the host's tar stream is broken behind \"a\""},
-	{name: "an end in the middle", send: tarOf(tarFile("a", "1"), transport.RawEnd(), tarFile("b", "2"), transport.RawEnd()), fails: "there is something behind the end of the host's tar stream"},
+	{name: "one zero block in the middle", send: tarOf(tarFile("a", "1"), make([]byte, 512), tarFile("b", "2"), lxdtest.RawEnd()), fails: "the host's tar stream is broken behind \"a\""},
+	{name: "an end in the middle", send: tarOf(tarFile("a", "1"), lxdtest.RawEnd(), tarFile("b", "2"), lxdtest.RawEnd()), fails: "there is something behind the end of the host's tar stream"},
 	{name: "zeros without end", send: forever(tarWhole(tarFile("a", "1")), noughts), fails: "goes on sending behind the end of its tar stream"},
 	{name: "a second answer", answer: "gnu\ngnu\n", send: tarWhole(tarFile("a", "1")), fails: "the host's tar stream is broken"},
-	{name: "a bad checksum", send: tarOf(tarFile("a", "1")[:511], []byte{1}, transport.RawEnd()), fails: "the host's tar stream is broken"},
+	{name: "a bad checksum", send: tarOf(tarFile("a", "1")[:511], []byte{1}, lxdtest.RawEnd()), fails: "the host's tar stream is broken"},
 
 	// Streams without end, and limits.
 	{name: "files without end", opts: transport.TreeOptions{MaxEntries: 500}, send: forever(nil, func(n int) []byte { return tarFile(fmt.Sprint(n), "x") }), fails: "MaxEntries", is: transport.ErrLimit},
@@ -471,9 +464,9 @@ var tarTricks = []trick{
 	{name: "extended headers without end", send: forever(nil, func(n int) []byte { return tarPax('x', "a", "b") }), fails: "the host sends more than"},
 	{name: "long names without end", send: forever(nil, func(n int) []byte { return tarLong('L', "a") }), fails: "the host sends more than"},
 	{name: "bytes without end", opts: transport.TreeOptions{MaxBytes: 1 << 20}, send: forever(nil, func(n int) []byte { return tarFile(fmt.Sprint(n), strings.Repeat("x", 100<<10)) }), fails: "MaxBytes", is: transport.ErrLimit},
-	{name: "a file without end", opts: transport.TreeOptions{MaxBytes: 1 << 20}, send: forever(tarHeader{Name: "a", Magic: transport.RawGNU, Size: transport.RawBase256(1 << 60)}.Raw(), noughts), fails: "MaxBytes", is: transport.ErrLimit},
-	{name: "a file without end that is left out", opts: transport.TreeOptions{MaxBytes: 1 << 20}, send: forever(tarHeader{Name: "../a", Magic: transport.RawGNU, Size: transport.RawBase256(1 << 60)}.Raw(), noughts), fails: "MaxBytes", is: transport.ErrLimit},
-	{name: "something unknown without end", opts: transport.TreeOptions{MaxBytes: 1 << 20}, send: forever(tarHeader{Name: "a", Kind: 'D', Magic: transport.RawGNU, Size: transport.RawBase256(1 << 60)}.Raw(), noughts), fails: "MaxBytes", is: transport.ErrLimit},
+	{name: "a file without end", opts: transport.TreeOptions{MaxBytes: 1 << 20}, send: forever(tarHeader{Name: "a", Magic: lxdtest.RawGNU, Size: lxdtest.RawBase256(1 << 60)}.Raw(), noughts), fails: "MaxBytes", is: transport.ErrLimit},
+	{name: "a file without end that is left out", opts: transport.TreeOptions{MaxBytes: 1 << 20}, send: forever(tarHeader{Name: "../a", Magic: lxdtest.RawGNU, Size: lxdtest.RawBase256(1 << 60)}.Raw(), noughts), fails: "MaxBytes", is: transport.ErrLimit},
+	{name: "something unknown without end", opts: transport.TreeOptions{MaxBytes: 1 << 20}, send: forever(tarHeader{Name: "a", Kind: 'D', Magic: lxdtest.RawGNU, Size: lxdtest.RawBase256(1 << 60)}.Raw(), noughts), fails: "MaxBytes", is: transport.ErrLimit},
 	{name: "duplicates without end", opts: transport.TreeOptions{MaxBytes: 1 << 20}, send: forever(nil, func(n int) []byte { return tarFile("a", strings.Repeat("x", 100<<10)) }), fails: "MaxBytes", is: transport.ErrLimit},
 	{name: "directories without end", opts: transport.TreeOptions{MaxEntries: 1500}, send: forever(nil, func(n int) []byte { return tarOf(tarLong('L', strings.Repeat("d/", n+1)), tarDir("x")) }), fails: "MaxEntries", is: transport.ErrLimit},
 
@@ -524,7 +517,7 @@ func TestHostileTarAndContext(t *testing.T) {
 		{name: "half a stream", send: tarWhole(tarFile("a", "1"), tarFile("b", "2"))[:2000]},
 		{name: "no end of the stream", send: tarWhole(tarFile("a", "1"))},
 		{name: "files without end", send: forever(nil, func(n int) []byte { return tarFile("a", "x") })},
-		{name: "bytes without end", send: forever(tarHeader{Name: "../a", Magic: transport.RawGNU, Size: transport.RawBase256(1 << 60)}.Raw(), noughts)},
+		{name: "bytes without end", send: forever(tarHeader{Name: "../a", Magic: lxdtest.RawGNU, Size: lxdtest.RawBase256(1 << 60)}.Raw(), noughts)},
 	} {
 		t.Run(k.name, func(t *testing.T) {
 			t.Parallel()
@@ -588,6 +581,57 @@ func TestHostileUpload(t *testing.T) {
 	})
 }
 
+// tenMillion is how many entries a host sends that goes on for long: fewer, unless there is time.
+func tenMillion(fewer int) int {
+	if os.Getenv("TRANSPORT_SLOW_TESTS") == "" {
+		return fewer
+	}
+	return 10_000_000
+}
+
+// enduring is the context of what may take long.
+func enduring(t testing.TB) context.Context {
+	if os.Getenv("TRANSPORT_SLOW_TESTS") == "" {
+		return soon(t)
+	}
+	return t.Context()
+}
+
+// Directories in one another without end are no more than a path can have.
+func TestHostileNesting(t *testing.T) {
+	t.Parallel()
+	var stream []byte
+	for n := range 3000 {
+		stream = append(stream, tarOf(tarLong('L', strings.Repeat("d/", n+1)), tarDir("x"))...)
+	}
+	overTar, _ := hostile(t, trick{send: tarWhole(stream)}.handler)
+	long := strings.Repeat("d", 100) // the fake server looks for every element of a path
+	overSFTP := hostileSFTP(t, sftpWorld{List: func(_ string, n int) []sftpFile {
+		if n > 0 {
+			return nil
+		}
+		return []sftpFile{folder(long)}
+	}})
+	for _, c := range []struct {
+		name string
+		host *transport.LXD
+		top  string
+		dirs int
+	}{{"tar", overTar, "d", 2048}, {"SFTP", overSFTP, long, 40}} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			p := newPlaces(t)
+			var why error
+			stats, err := transport.DownloadTree(soon(t), c.host, "/src", p.root, &transport.TreeOptions{Skipped: func(_ string, w error) { why = w }})
+			require.NoError(t, err)
+			assert.Equal(t, c.dirs, stats.Dirs)
+			assert.ErrorContains(t, why, "more than a path can")
+			require.NoError(t, p.root.RemoveAll(c.top))
+			p.check(t, map[string]string{})
+		})
+	}
+}
+
 // Memory does not depend on how much the host sends. Not parallel: it looks at the heap.
 func TestHostileMemory(t *testing.T) {
 	for _, c := range []struct {
@@ -595,7 +639,7 @@ func TestHostileMemory(t *testing.T) {
 		few, of int
 		entry   func(n int) []byte
 	}{
-		{"names", 1000, 50_000, func(n int) []byte { return tarFile(fmt.Sprintf("../%d", n), "") }},
+		{"names", 1000, tenMillion(50_000), func(n int) []byte { return tarFile(fmt.Sprintf("../%d", n), "") }},
 		{"duplicates", 1000, 20_000, func(n int) []byte { return tarFile(fmt.Sprintf("d/%d", n%10), "") }},
 		{"directories", 300, 6000, func(n int) []byte { return tarDir(fmt.Sprint(n)) }},
 		{"names in large headers", 10, 50, func(n int) []byte {
@@ -627,7 +671,7 @@ func TestHostileMemory(t *testing.T) {
 						heap.Store(m.HeapAlloc)
 					}
 				}
-				_, err := transport.DownloadTree(soon(t), host, "/src", p.root, &transport.TreeOptions{
+				_, err := transport.DownloadTree(enduring(t), host, "/src", p.root, &transport.TreeOptions{
 					Skipped: func(string, error) { look() }, Match: func(string, fs.DirEntry) bool { look(); return true },
 				})
 				require.NoError(t, err)

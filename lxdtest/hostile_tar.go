@@ -1,13 +1,39 @@
-package transport
+package lxdtest
 
 import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"io"
 	"strings"
 )
 
-// Tar streams built by hand, block by block, with what no tar would write. The names begin with capitals for the tests in package transport_test.
+// Tar streams built by hand, block by block, with what no tar would write, and a host whose tar sends them.
+
+// HostileTar is a host whose one command is a tar that says and sends what it likes. Its Handler is a [Handler].
+type HostileTar struct {
+	Answer string // what comes first on standard output: which tar it is
+	Send   any    // what follows: []byte, or func(io.Writer) for what does not end; nil: nothing
+	Says   string // on standard error
+	Status int
+}
+
+// Handler acts the tar towards scripts that ask for its version, and knows no other command.
+func (h HostileTar) Handler(p *Process) int {
+	if len(p.Args) < 3 || !strings.Contains(p.Args[2], "tar --version") {
+		return 127
+	}
+	// Who does not listen any more gets the status all the same.
+	_, _ = io.WriteString(p.Stderr, h.Says)
+	_, _ = io.WriteString(p.Stdout, h.Answer)
+	switch send := h.Send.(type) {
+	case []byte:
+		_, _ = p.Stdout.Write(send)
+	case func(io.Writer):
+		send(p.Stdout)
+	}
+	return h.Status
+}
 
 // RawHeader is a tar header. Its fields are those of the block; "" and 0 are what a well-meaning tar would write.
 type RawHeader struct {
