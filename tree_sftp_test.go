@@ -13,6 +13,8 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/fstest"
@@ -23,6 +25,7 @@ import (
 
 	"github.com/lxdtransport/transport"
 	"github.com/lxdtransport/transport/internal/reallxd"
+	"github.com/lxdtransport/transport/lxdtest"
 )
 
 // stopped makes an instance that does not run: there is no tar, only SFTP.
@@ -380,6 +383,31 @@ func TestUploadsShareSessions(t *testing.T) {
 		assert.Equal(t, "150\n", output(t, host, `ls -A "$1" | wc -l`, dir))
 		output(t, host, `rm -r "$1"`, dir)
 	})
+}
+
+// Small files one after the other, and at once, do not open a session each.
+func TestManyUploadsOpenFewSessions(t *testing.T) {
+	t.Parallel()
+	s := lxdtest.NewServer()
+	t.Cleanup(s.Close)
+	s.AddInstance(lxdtest.Instance{Name: "c1"})
+	var sessions atomic.Int64
+	s.Inject(lxdtest.Fault{Route: lxdtest.RouteSFTP, Moment: lxdtest.OnRequest, Do: func(*lxdtest.Point) lxdtest.Verdict {
+		sessions.Add(1)
+		return lxdtest.Proceed
+	}})
+	host := newLXD(t, connect(t, s), "c1", nil)
+	var all sync.WaitGroup
+	for i := range 10 {
+		all.Go(func() {
+			for n := range 50 {
+				assert.NoError(t, host.Upload(soon(t), fmt.Sprintf("/d/%d-%d", i, n), strings.NewReader("x"), &transport.UploadOptions{MkdirAll: true}))
+			}
+		})
+	}
+	all.Wait()
+	assert.Less(t, sessions.Load(), int64(50), "for 500 files; an idle one ends early on a machine that stands still")
+	assert.NotZero(t, sessions.Load())
 }
 
 // An idle session does not outlive its time, for it keeps the instance from stopping, and one whose instance was stopped is not used again.

@@ -14,7 +14,8 @@
 // Commands are handlers, func(*[Process]) int; [LocalCommands] is one that runs real
 // commands of the machine. A [Fault] makes something go wrong: at a kind of request or socket, at a moment of
 // it, an action. What the server was asked is read back with [Server.Execs], [Server.Requests] and
-// [Server.Files].
+// [Server.Files]. [HostileTar] and [HostileSFTP] are a host's tar and its SFTP server that send what
+// no honest ones would.
 //
 // # What is not there
 //

@@ -1,9 +1,12 @@
 package transporttest
 
 import (
+	"archive/zip"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -228,7 +231,7 @@ var treeContentRows = []row{
 			}
 			return prints(ctx, host, "odd", in(p.far, sh(`cat "$(printf '\377\376')"`)))
 		})},
-	{name: "tree/upload-from-embed", why: "an embed.FS has no times and no modes to write with",
+	{name: "tree/upload-from-embed", why: "an embed.FS has no times and no modes to write with, a zip.Reader no directories",
 		run: withTrees(func(ctx context.Context, host transport.Transport, p place) error {
 			src := fstest.MapFS{
 				"d":      {Mode: fs.ModeDir | 0o555},
@@ -243,6 +246,24 @@ var treeContentRows = []row{
 				got, _, modeErr := mode(ctx, host, p.far, name)
 				err = errors.Join(err, modeErr, equal("mode of "+name, got, want))
 			}
+			var packed bytes.Buffer
+			w := zip.NewWriter(&packed)
+			for _, name := range []string{"z/e/f", "z/script"} {
+				f, zipErr := w.CreateHeader(&zip.FileHeader{Name: name, Method: zip.Deflate, Modified: time.Unix(1e9, 0)})
+				if zipErr == nil {
+					_, zipErr = io.WriteString(f, name)
+				}
+				err = errors.Join(err, zipErr)
+			}
+			err = errors.Join(err, w.Close())
+			r, zipErr := zip.NewReader(bytes.NewReader(packed.Bytes()), int64(packed.Len()))
+			if err := errors.Join(err, zipErr); err != nil {
+				return err
+			}
+			if _, err := upTree(ctx, host, p.far, r, nil); err != nil {
+				return fmt.Errorf("a zip.Reader: %w", err)
+			}
+			err = prints(ctx, host, "z/e/fz/script", in(p.far, sh("cat z/e/f z/script")))
 			return errors.Join(err, removable(ctx, host, p.far))
 		})},
 	{name: "tree/upload-makes-parents", why: "a fresh host has no directories",
