@@ -7,6 +7,7 @@ import (
 	"crypto/sha1"
 	"encoding/base64"
 	"encoding/binary"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -31,7 +32,7 @@ import (
 // event is one line of a transcript.
 type event struct {
 	from    byte   // '>' the client's, '<' the server's
-	conn    string // exec, wait, operation, instance, 0, 1, 2, control
+	conn    string // exec, wait, operation, instance, server, 0, 1, 2, control
 	kind    string // request, response, body, eof, or a WebSocket's binary, text, ping, pong, close
 	payload string
 }
@@ -118,6 +119,8 @@ func (s *script) name(r *http.Request) string {
 		name = "operation"
 	case strings.HasPrefix(path, "/1.0/instances/"):
 		name = "instance"
+	case path == "/1.0":
+		name = "server"
 	}
 	s.used[name]++
 	if n := s.used[name]; n > 1 {
@@ -272,10 +275,33 @@ func (r *recorder) serve(client *net.UnixConn) {
 	}
 	body, err = io.ReadAll(resp.Body)
 	assert.NoError(r.t, err)
+	if strings.HasPrefix(name, "server") {
+		body = product(r.t, body)
+	}
 	r.note(event{'<', name, "response", fmt.Sprintf("%d %s", resp.StatusCode, resp.Header.Get("Content-Type"))},
 		event{'<', name, "body", strings.TrimSpace(string(body))})
 	resp.Body, resp.ContentLength, resp.TransferEncoding = io.NopCloser(bytes.NewReader(body)), int64(len(body)), nil
 	_ = resp.Write(client)
+}
+
+// product is what GET /1.0 says of the server's product, and nothing of the machine, which is another one the next time.
+func product(t testing.TB, body []byte) []byte {
+	var a struct {
+		Type       string `json:"type"`
+		StatusCode int    `json:"status_code"`
+		Metadata   struct {
+			Environment struct {
+				Server        string `json:"server"`
+				ServerVersion string `json:"server_version"`
+			} `json:"environment"`
+		} `json:"metadata"`
+	}
+	if !assert.NoError(t, json.Unmarshal(body, &a)) {
+		return nil
+	}
+	body, err := json.Marshal(a)
+	assert.NoError(t, err)
+	return body
 }
 
 // copy passes frames on until the end.
