@@ -31,7 +31,7 @@ const (
 	// reapTime bounds one run of the script.
 	reapTime = 5 * time.Second
 	// reapFirst is how long KILL waits for the script, which sees more while the command lives: who descends from it.
-	reapFirst = time.Second
+	reapFirst = 3 * time.Second
 )
 
 // reaped is what became of the processes that a command had left behind.
