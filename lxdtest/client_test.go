@@ -209,6 +209,7 @@ func TestLxcCommand(t *testing.T) {
 // quick shortens the times of a release, so that tests do not wait for the real ones.
 func quick(v *lxdtest.Version) {
 	v.StartDelay = 0
+	v.PingInterval = 100 * time.Millisecond
 	v.ConnectWindow = 2500 * time.Millisecond
 	v.OperationLifetime = 1500 * time.Millisecond
 	v.ChildGrace = min(v.ChildGrace, 100*time.Millisecond)

@@ -286,9 +286,12 @@ func (x *execution) run() {
 	x.finish(p.code)
 }
 
-// handler is what runs. LXD's agent in a virtual machine does not start a command whose working directory is
+// handler is what runs. A user that the instance does not have cannot be become. LXD's agent in a virtual machine does not start a command whose working directory is
 // not there, where a container's runs it in /.
 func (x *execution) handler() Handler {
+	if unmapped(int64(x.req.User)) || unmapped(int64(x.req.Group)) {
+		return func(*Process) int { return 1 }
+	}
 	if x.instance.Type == VM && x.req.Cwd != "" {
 		if info, err := x.instance.tree.stat(x.req.Cwd); err != nil || !info.IsDir() {
 			return func(*Process) int { return 127 }
@@ -537,7 +540,14 @@ func (x *execution) attachTerminal() (wait func(), err error) {
 		if grace == 0 {
 			grace = time.Second
 		}
-		x.copyOut(k, &drain{f: t.out, exited: p.exited, grace: grace})
+		d := &drain{f: t.out, exited: p.exited, grace: grace}
+		if x.s.Version.InputHangsUp {
+			d.over = answered
+		}
+		x.copyOut(k, d)
+		if d.cut {
+			t.Close()
+		}
 		k.mark()
 	})
 	x.spawn("control", func() { x.obey(p) })
@@ -596,6 +606,8 @@ type drain struct {
 	exited   <-chan struct{}
 	grace    time.Duration // 0: for ever
 	deadline time.Time
+	over     <-chan struct{} // once it is closed, what comes is thrown away, and is the last
+	cut      bool            // it was
 }
 
 func (d *drain) Read(p []byte) (int, error) {
@@ -605,6 +617,14 @@ func (d *drain) Read(p []byte) (int, error) {
 			_ = d.f.SetReadDeadline(time.Now().Add(d.grace))
 		}
 		n, err := d.f.Read(p)
+		if n > 0 {
+			select {
+			case <-d.over:
+				d.cut = true
+				return 0, io.EOF
+			default:
+			}
+		}
 		over := false
 		select {
 		case <-d.exited:

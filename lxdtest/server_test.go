@@ -58,6 +58,13 @@ func TestVersions(t *testing.T) {
 			s.finish()
 			w.note("small %v", s.sockets["1"].max <= 32<<10)
 		}, [5]string{"small false", "small true", "small true", "small true", "small true"}},
+		{"early text in a terminal", func(w *wire) {
+			s := w.terminal("echo ready; sleep 0.3; echo alive" + linger)
+			s.open("control", "0")
+			s.expect("0", "ready\r\n")
+			s.text("0", "")
+			s.finish()
+		}, [5]string{`"ready\r\n"`, `"ready\r\nalive\r\n"`, `"ready\r\nalive\r\n"`, `"ready\r\nalive\r\n"`, `"ready\r\nalive\r\n"`}},
 		{"pings over unix sockets", func(w *wire) {
 			s := w.shell("cat").all()
 			s.text("0", "")

@@ -155,8 +155,16 @@ func (t *tree) status(op, name string, last bool) (*fileInfo, error) {
 // modeBits are those that chmod changes.
 const modeBits = fs.ModePerm | fs.ModeSetuid | fs.ModeSetgid | fs.ModeSticky
 
+// unmapped reports whether an instance has no such user or group. How many it has is configured on the host; these are
+// more than anybody gives it. The last number stands for no change.
+func unmapped(id int64) bool { return id >= 1_000_000_000 && id != 1<<32-1 }
+
 // change notes a new mode or owner; -1 leaves an owner as it is.
 func (t *tree) change(op, name string, mode *fs.FileMode, uid, gid int) error {
+	uid, gid = int(int32(uid)), int(int32(gid))
+	if unmapped(int64(uint32(uid))) || unmapped(int64(uint32(gid))) {
+		return t.fault(op, name, syscall.EINVAL)
+	}
 	rel, err := t.locate(name, op != "lchown")
 	if err != nil {
 		return t.fault(op, name, err)

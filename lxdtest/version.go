@@ -36,6 +36,7 @@ type Version struct {
 	ReadsStderr  bool   // what a client sends on the stderr socket is read (and thrown away)
 	CheckOrigin  bool   // a foreign Origin header is refused with 403
 	DuplicateBug bool   // a second connection to one secret blocks the exec for ever
+	InputHangsUp bool   // the end of a terminal's input, however it comes, hangs the terminal up with the next output, which is lost
 
 	// Answers.
 	Wait            WaitStyle
@@ -122,7 +123,7 @@ var (
 	LXD50 = Version{
 		Name: "LXD 5.0.2", Server: "lxd", Release: "5.0.2", Extensions: slices.Clone(baseExtensions),
 		ConnectWindow: 5 * time.Second, StartDelay: 15 * time.Millisecond, PingInterval: 10 * time.Second, OperationLifetime: 5 * time.Second,
-		PingPayload: "keepalive", PingOnUnix: true, MessageMax: 64 << 10, StdinWhole: true,
+		PingPayload: "keepalive", PingOnUnix: true, MessageMax: 64 << 10, StdinWhole: true, InputHangsUp: true,
 		Wait: WaitPlain, BadSecret: Refusal{500, "permission denied"}, MissingSecret: "missing secret",
 		OldResources: true, ContainersAlias: true, FailedStatus: true, VMLost: -1,
 		HeaderPrefix: "X-LXD-", DirMode: 0o750, StaleLength: true, SFTPPacket: 32 << 10, SFTPBlocksStops: true,
@@ -142,7 +143,7 @@ var (
 		)
 		v.ChildGrace = time.Second
 		v.PingPayload, v.PingOnUnix, v.MessageMax, v.StdinWhole, v.ReadsStderr = "", false, 32<<10, false, true
-		v.DuplicateBug = true
+		v.DuplicateBug, v.InputHangsUp = true, false
 		v.Wait, v.BadSecret, v.MissingSecret = WaitErrorBody, Refusal{403, "Forbidden"}, "Missing websocket secret"
 		v.RequestorCheck, v.Requestor, v.OldResources = "Operation requestor mismatch", true, false
 		v.StrictRecording, v.ExecOutputDir, v.VMLost = true, true, 129

@@ -49,6 +49,11 @@ func fakeWire(t testing.TB, s *lxdtest.Server, instance string) *wire {
 	return w
 }
 
+// of is a wire to the same server that has another instance in mind.
+func (w *wire) of(instance string) *wire {
+	return &wire{t: w.t, socket: w.socket, address: w.address, tls: w.tls, instance: instance}
+}
+
 var replacements = []struct {
 	old *regexp.Regexp
 	new string
@@ -152,6 +157,7 @@ type session struct {
 	id      string
 	fds     map[string]string
 	sockets map[string]*sock
+	held    map[string]chan struct{} // sockets of which nothing is read before this is closed
 }
 
 // A sock notes what comes in on one socket.
@@ -186,7 +192,7 @@ func (w *wire) session(answer []byte) *session {
 		} `json:"metadata"`
 	}
 	require.NoError(w.t, json.Unmarshal(answer, &a))
-	return &session{w: w, id: a.Metadata.ID, fds: a.Metadata.Metadata.FDs, sockets: map[string]*sock{}}
+	return &session{w: w, id: a.Metadata.ID, fds: a.Metadata.Metadata.FDs, sockets: map[string]*sock{}, held: map[string]chan struct{}{}}
 }
 
 // shell is an exec with sockets of a shell script.
@@ -203,9 +209,14 @@ func (w *wire) terminal(script string) *session {
 }
 
 func (w *wire) upgrade(path string, header http.Header) (*websocket.Conn, *http.Response, error) {
-	d := websocket.Dialer{NetDialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return w.dial(ctx) }, WriteBufferSize: 128 << 10}
+	return w.dialer().Dial(strings.Replace(w.url(path), "http", "ws", 1), header)
+}
+
+// dialer sends messages that are longer than its buffer in fragments.
+func (w *wire) dialer() *websocket.Dialer {
+	d := &websocket.Dialer{NetDialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return w.dial(ctx) }, WriteBufferSize: 128 << 10}
 	d.NetDialTLSContext = d.NetDialContext
-	return d.Dial(strings.Replace(w.url(path), "http", "ws", 1), header)
+	return d
 }
 
 // open dials sockets, one after the other.
@@ -251,13 +262,25 @@ func (s *session) dial(name string) *sock {
 		k.add(fmt.Sprintf("CLOSE %d %q", code, text), nil)
 		return nil
 	})
-	go k.read()
+	go k.read(s.held[name])
 	s.w.t.Cleanup(func() { c.Close(); <-k.ended })
 	return k
 }
 
-func (k *sock) read() {
+// hold keeps a socket that will be opened from being read before it is released.
+func (s *session) hold(name string) (release func()) {
+	held := make(chan struct{})
+	s.held[name] = held
+	release = sync.OnceFunc(func() { close(held) })
+	s.w.t.Cleanup(release)
+	return release
+}
+
+func (k *sock) read(held <-chan struct{}) {
 	defer close(k.ended)
+	if held != nil {
+		<-held
+	}
 	for {
 		kind, b, err := k.conn.ReadMessage()
 		if err != nil {

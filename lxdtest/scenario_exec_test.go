@@ -1,0 +1,172 @@
+package lxdtest_test
+
+import (
+	"encoding/json"
+	"os"
+	"strings"
+
+	"github.com/gorilla/websocket"
+)
+
+// execScenarios are about a command: its streams, how it ends, and what it finds around it.
+var execScenarios = []scenario{
+	{"echo", func(w *wire) {
+		w.shell("echo hi").all().finish()
+	}, []string{`"status":"Success","status_code":200`, `"return":0`, `0: END ""`, `1: BINARY, TEXT "", END "hi\n"`, `2: TEXT "", END ""`, `control: END ""`}},
+
+	{"exit status", func(w *wire) {
+		w.shell("exit 3").all().finish()
+	}, []string{`"return":3`}},
+
+	{"stdout and stderr", func(w *wire) {
+		w.shell("echo out; echo err >&2").all().finish()
+	}, []string{`1: BINARY, TEXT "", END "out\n"`, `2: BINARY, TEXT "", END "err\n"`}},
+
+	{"the order of the sockets is free", func(w *wire) {
+		s := w.shell("echo hi")
+		s.open("2", "1", "control", "0")
+		s.finish()
+	}, []string{`"return":0`, `"hi\n"`}},
+
+	{"stdin: an empty message is nothing, a text is the end", func(w *wire) {
+		s := w.shell("cat").all()
+		s.binary("0", "first\n")
+		s.expect("1", "first\n")
+		s.binary("0", "")
+		s.binary("0", "second\n")
+		s.expect("1", "second\n")
+		s.text("0", "")
+		s.finish()
+	}, []string{`"return":0`, `"first\nsecond\n"`}},
+
+	{"stdin: what a text says is lost", func(w *wire) {
+		s := w.shell("cat").all()
+		s.binary("0", "kept\n")
+		s.text("0", "lost\n")
+		s.finish()
+	}, []string{`"return":0`, `"kept\n"`}},
+
+	{"stdin: what comes behind the end is ignored", func(w *wire) {
+		s := w.shell("cat; sleep 0.3; echo end").all()
+		s.binary("0", "kept\n")
+		s.text("0", "")
+		s.binary("0", "late\n")
+		s.expect("1", "end\n")
+		s.finish()
+	}, []string{`"return":0`, `"kept\nend\n"`}},
+
+	{"stdin: a close message is the end", func(w *wire) {
+		s := w.shell("cat; sleep 0.3").all()
+		s.binary("0", "x\n")
+		s.closeFrame("0", websocket.CloseNormalClosure)
+		s.finish()
+	}, []string{`"return":0`, `0: CLOSE 1000 "", END`, `1: BINARY, TEXT "", END "x\n"`}},
+
+	{"stdin: a closed connection is the end", func(w *wire) {
+		s := w.shell("cat; echo end").all()
+		s.binary("0", "x\n")
+		s.expect("1", "x\n")
+		s.cut("0")
+		s.finish()
+	}, []string{`"return":0`, `"x\nend\n"`}},
+
+	{"stdin: one message of 64 MiB, in fragments", func(w *wire) {
+		s := w.shell("wc -c").all()
+		s.binary("0", strings.Repeat("x", 64<<20))
+		s.text("0", "")
+		s.finish()
+	}, []string{`"return":0`, `"67108864\n"`}},
+
+	{"stdin: the command does not read it", func(w *wire) {
+		s := w.shell("head -c 10; echo; echo done").all()
+		go func() {
+			for range 20 {
+				if s.sockets["0"].conn.WriteMessage(websocket.BinaryMessage, make([]byte, 64<<10)) != nil {
+					return
+				}
+			}
+		}()
+		s.finish()
+	}, []string{`"return":0`, `1: BINARY, TEXT "", END`}},
+
+	{"a command that does not exist", func(w *wire) {
+		s := w.exec(ws(`["no-such-command"]`)).all()
+		s.finish()
+		w.do("GET", "/1.0/operations/"+s.id, "", "")
+	}, []string{`"status":"Failure","status_code":400`, `"return":127`, `"err":"Command not found"`, `1: TEXT "", END ""`, `2: TEXT "", END ""`}},
+
+	{"a directory as a command", func(w *wire) {
+		w.exec(ws(`["/etc"]`)).all().finish()
+	}, []string{`"status":"Failure"`, `"return":126`, `"err":"Command not executable"`}},
+
+	{"a file without permission to be run", func(w *wire) {
+		w.get("POST", "/1.0/instances/INSTANCE/files?path=/tmp/plain", octets+"X-LXD-mode: 0644", "#!/bin/sh\n")
+		w.exec(ws(`["/tmp/plain"]`)).all().finish()
+	}, []string{`"return":126`}},
+
+	{"a script whose interpreter is missing", func(w *wire) {
+		w.get("POST", "/1.0/instances/INSTANCE/files?path=/tmp/lost", octets+"X-LXD-mode: 0755", "#!/no/such/interpreter\n")
+		w.exec(ws(`["/tmp/lost"]`)).all().finish()
+	}, []string{`"return":127`, `"err":"Command not found"`}},
+
+	{"a script without an interpreter", func(w *wire) {
+		w.get("POST", "/1.0/instances/INSTANCE/files?path=/tmp/text", octets+"X-LXD-mode: 0755", "echo run; exit 4\n")
+		w.exec(ws(`["/tmp/text"]`)).all().finish()
+	}, []string{`"return":4`, `"run\n"`}},
+
+	{"an ordinary exit with 127 and 126", func(w *wire) {
+		w.shell("exit 127").all().finish()
+		w.shell("exit 126").all().finish()
+	}, []string{`"err":"Command not found"`, `"err":"Command not executable"`}},
+
+	{"an empty name of a command", func(w *wire) {
+		w.exec(ws(`[""]`)).all().finish()
+	}, []string{`"return":127`}},
+
+	{"no command at all", func(w *wire) {
+		w.exec(ws(`[]`)).all().finish()
+		w.exec(`{"wait-for-websocket":true}`).all().finish()
+	}, []string{`"return":-1`, `"err":"Failed to retrieve PID of executing child process"`, `1: END ""`, `2: END ""`}},
+
+	{"an argument that is long, and one that is too long", func(w *wire) {
+		w.exec(ws(`["echo","` + strings.Repeat("x", 100000) + `"]`)).all().frames()
+		s := w.exec(ws(`["echo","` + strings.Repeat("x", 140000) + `"]`)).all()
+		s.frames()
+		status, ret, text := s.state()
+		w.note("%s %v %s", status, ret, text)
+	}, []string{`1: BINARY, TEXT "", END 100001 bytes`, `1: END ""`, "Failure -1 fork/exec /usr/bin/lxd: argument list too long"}},
+
+	{"output that nobody takes for a while", func(w *wire) {
+		s := w.shell("head -c 3000000 /dev/zero; echo done >&2")
+		release := s.hold("1")
+		s.all()
+		s.result("?timeout=0")
+		release()
+		s.finish()
+	}, []string{`"status":"Running"`, `"return":0`, `1: BINARY, TEXT "", END 3000000 bytes`, `"done\n"`}},
+
+	{"environment", func(w *wire) {
+		b, _ := json.Marshal(map[string]any{"wait-for-websocket": true, "environment": map[string]string{"A": "b c", "LANG": "C"},
+			"command": []string{"sh", "-c", `echo "$A|$LANG|$USER|${HOME##*/}|$container|${TERM-no TERM}|${PWD##*/}"; test -t 0 || echo no terminal`}})
+		w.exec(string(b)).all().finish()
+		w.shell(`echo "$LANG"`).all().finish()
+	}, []string{`"b c|C|root|root|lxc|no TERM|root\nno terminal\n"`, `"C.UTF-8\n"`}},
+
+	{"users", func(w *wire) {
+		if os.Geteuid() != 0 {
+			return // the fake's commands are run by nobody else
+		}
+		id := `["sh","-c","id -u; id -g; id -G; echo ${HOME-no HOME} ${USER-no USER}"]`
+		w.exec(ws(id, `,"user":4242`)).all().finish()
+		w.exec(ws(id, `,"user":4242,"group":4343`)).all().finish()
+		w.exec(ws(`["id","-u"]`, `,"user":4294967295`)).all().finish()
+		w.exec(ws(`["id","-u"]`, `,"user":4294967294`)).all().finish()
+	}, nil},
+
+	{"working directories", func(w *wire) {
+		w.get("POST", "/1.0/instances/INSTANCE/files?path=/tmp/nodir", octets, "")
+		for _, dir := range []string{"/tmp", "tmp", "/tmp/../etc", "/no/such/directory", "/tmp/nodir"} {
+			w.exec(ws(`["sh","-c","test -d etc && test -d root && echo root || echo ${PWD##*/}"]`, `,"cwd":"`+dir+`"`)).all().finish()
+		}
+	}, []string{`"tmp\n"`, `"tmp\n"`, `"etc\n"`, `"root\n"`, `"root\n"`}},
+}
