@@ -175,6 +175,61 @@ func TestDialRemote(t *testing.T) {
 	}
 }
 
+// TestConnectLXD: the official client's connection has the same certificate to compare, the same errors and the same project as a transport's.
+func TestConnectLXD(t *testing.T) {
+	clearEnv(t)
+	dir := t.TempDir()
+	t.Setenv("LXD_DIR", dir)
+	server, err := transport.ConnectLXD(soon(t), "", nil)
+	assert.ErrorIs(t, err, transport.ErrNoServer)
+	assert.ErrorContains(t, err, filepath.Join(dir, "unix.socket"))
+	assert.Nil(t, server)
+
+	local := fakeServer(t, false)
+	t.Setenv("LXD_SOCKET", local.Socket)
+	for _, remote := range []string{"", "local", "unix://" + local.Socket} {
+		server, err = transport.ConnectLXD(soon(t), remote, nil)
+		require.NoError(t, err, remote)
+		_, _, err = server.GetInstance("c1")
+		assert.NoError(t, err, remote)
+		server.Disconnect()
+	}
+
+	s, other := fakeServer(t, true), fakeServer(t, true)
+	server, err = transport.ConnectLXD(soon(t), s.URL, options(s))
+	require.NoError(t, err)
+	host, err := transport.NewLXD(server, "c1", nil)
+	works(t, host, err)
+	server.Disconnect()
+	before := len(s.Requests())
+	opts := options(s)
+	opts.TLSServerCert = other.ServerCert
+	server, err = transport.ConnectLXD(soon(t), s.URL, opts)
+	assert.ErrorContains(t, err, "is pinned")
+	assert.Nil(t, server)
+	assert.Len(t, s.Requests(), before, "nothing is sent to a server that is not the pinned one")
+	stranger := options(other)
+	stranger.TLSServerCert = s.ServerCert
+	_, err = transport.ConnectLXD(soon(t), s.URL, stranger)
+	assert.ErrorIs(t, err, transport.ErrUnauthorized)
+	_, err = transport.ConnectLXD(soon(t), "ftp://x", nil)
+	assert.ErrorContains(t, err, "https://")
+
+	conf := t.TempDir()
+	t.Setenv("LXD_CONF", conf)
+	require.NoError(t, s.WriteClientConfig(conf))
+	file := filepath.Join(conf, "config.yml")
+	b, err := os.ReadFile(file)
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(file, []byte(strings.Replace(string(b), s.URL, s.URL+"\n    project: builds", 1)), 0o600))
+	server, err = transport.ConnectLXD(soon(t), "fake", nil)
+	require.NoError(t, err)
+	defer server.Disconnect()
+	info, err := server.GetConnectionInfo()
+	require.NoError(t, err)
+	assert.Equal(t, "builds", info.Project, "that of the remote")
+}
+
 func TestDialBadConfiguration(t *testing.T) {
 	clearEnv(t)
 	s := fakeServer(t, true)
