@@ -326,7 +326,7 @@ func TestDescendantsAreCounted(t *testing.T) {
 	ctx, cancel := context.WithCancelCause(soon(t))
 	defer cancel(nil)
 	err := host.Exec(ctx, transport.Command{Args: []string{"wait"}, CancelSignal: transport.SIGKILL, Stdout: upThen(func() {
-		s.Inject(lxdtest.Fault{Route: lxdtest.RouteExec, Do: lxdtest.Delay(1500 * time.Millisecond)})
+		s.Inject(lxdtest.Fault{Route: lxdtest.RouteExec, Do: lxdtest.Delay(3500 * time.Millisecond)})
 		cancel(errKillTest)
 	})})
 	assert.ErrorIs(t, err, errKillTest)
