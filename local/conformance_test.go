@@ -1,6 +1,7 @@
 package local_test
 
 import (
+	"flag"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -14,7 +15,11 @@ import (
 	"github.com/lxdtransport/transport/transporttest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// Most tests wait most of the time: many run beside each other, unless -parallel says otherwise.
+func TestMain(m *testing.M) {
+	_ = flag.Set("test.parallel", "8")
+	goleak.VerifyTestMain(m)
+}
 
 // directory is one that other users may enter, too, which t.TempDir is not.
 func directory(t testing.TB) string {

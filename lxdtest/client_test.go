@@ -3,6 +3,7 @@ package lxdtest_test
 import (
 	"bytes"
 	"context"
+	"flag"
 	"io"
 	"os"
 	"os/exec"
@@ -19,7 +20,11 @@ import (
 	"github.com/lxdtransport/transport/lxdtest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// Most tests wait most of the time: many run beside each other, unless -parallel says otherwise.
+func TestMain(m *testing.M) {
+	_ = flag.Set("test.parallel", "8")
+	goleak.VerifyTestMain(m)
+}
 
 // official connects the official client over each kind of connection.
 func official(t *testing.T, do func(t *testing.T, s *lxdtest.Server, c lxd.InstanceServer)) {
@@ -169,40 +174,64 @@ func TestLxcCommand(t *testing.T) {
 	if err != nil {
 		t.Skip("there is no lxc command on this machine (apt-get install lxd-client)")
 	}
-	for _, tls := range []bool{false, true} {
-		t.Run(map[bool]string{false: "unix", true: "https"}[tls], func(t *testing.T) {
-			t.Parallel()
-			s := lxdtest.NewUnstartedServer()
-			s.AddInstance(lxdtest.Instance{Name: "c1", Handler: lxdtest.LocalCommands("")})
-			if tls {
-				s.StartTLS()
-			} else {
-				s.Start()
-			}
-			defer s.Close()
-			dir := t.TempDir()
-			require.NoError(t, s.WriteClientConfig(dir))
-			run := func(stdin string, args ...string) string {
-				ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-				defer cancel()
-				cmd := exec.CommandContext(ctx, lxc, args...)
-				cmd.Env = []string{"LXD_CONF=" + dir, "HOME=" + dir, "PATH=" + os.Getenv("PATH")}
-				cmd.Stdin = strings.NewReader(stdin)
-				out, err := cmd.CombinedOutput()
-				require.NoError(t, err, "%s", out)
-				return string(out)
-			}
-			require.Contains(t, run("", "list", "fake:"), "c1")
-			require.Equal(t, "in\n", run("in\n", "exec", "fake:c1", "--", "cat"))
-			src := filepath.Join(dir, "src")
-			require.NoError(t, os.WriteFile(src, []byte("content"), 0o600))
-			run("", "file", "push", src, "fake:c1/root/f")
-			require.Equal(t, "content", run("", "exec", "fake:c1", "--", "cat", "f"))
-			run("", "file", "pull", "fake:c1/root/f", filepath.Join(dir, "dst"))
-			got, err := os.ReadFile(filepath.Join(dir, "dst"))
-			require.NoError(t, err)
-			require.Equal(t, "content", string(got))
-		})
+	for _, v := range lxdtest.Versions() {
+		for _, tls := range []bool{false, true} {
+			t.Run(v.Name+map[bool]string{false: "/unix", true: "/https"}[tls], func(t *testing.T) {
+				t.Parallel()
+				s := lxdtest.NewUnstartedServer()
+				s.Version, s.Handler = v, lxdtest.LocalCommands("")
+				s.AddInstance(lxdtest.Instance{Name: "c1"})
+				s.AddInstance(lxdtest.Instance{Name: "v1", Type: lxdtest.VM, Status: lxdtest.Stopped})
+				if tls {
+					s.StartTLS()
+				} else {
+					s.Start()
+				}
+				defer s.Close()
+				dir := t.TempDir()
+				require.NoError(t, s.WriteClientConfig(dir))
+				run := func(status int, stdin string, args ...string) string {
+					ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+					defer cancel()
+					cmd := exec.CommandContext(ctx, lxc, args...)
+					cmd.Env = []string{"LXD_CONF=" + dir, "HOME=" + dir, "PATH=" + os.Getenv("PATH")}
+					cmd.Stdin = strings.NewReader(stdin)
+					out, err := cmd.CombinedOutput()
+					require.Equal(t, status, cmd.ProcessState.ExitCode(), "%v: %v: %s", args, err, out)
+					return string(out)
+				}
+				list := run(0, "", "list", "fake:", "--format", "csv", "--columns", "nst")
+				require.Contains(t, list, "c1,RUNNING,CONTAINER")
+				require.Contains(t, list, "v1,STOPPED,VIRTUAL-MACHINE")
+				require.Equal(t, "in\n", run(0, "in\n", "exec", "fake:c1", "--", "cat"))
+				run(3, "", "exec", "fake:c1", "--", "sh", "-c", "exit 3")
+				run(127, "", "exec", "fake:c1", "--", "no-such-command")
+				run(0, "", "launch", "fake:image", "fake:b1", "--ephemeral", "--config", "user.job=7")
+				require.Contains(t, run(0, "", "info", "fake:b1"), "Status: RUNNING")
+				require.Equal(t, "7\n", run(0, "", "config", "get", "fake:b1", "user.job"))
+				run(0, "", "delete", "--force", "fake:b1")
+				run(1, "", "info", "fake:b1")
+				if v.Server == "incus" {
+					return // lxc sends and reads X-LXD headers, Incus wants X-Incus ones
+				}
+				src, dst := filepath.Join(dir, "src"), filepath.Join(dir, "dst")
+				require.NoError(t, os.WriteFile(src, []byte("content"), 0o600))
+				run(0, "", "file", "push", src, "fake:c1/root/f")
+				require.Equal(t, "content", run(0, "", "exec", "fake:c1", "--", "cat", "f"))
+				run(0, "", "file", "pull", "fake:c1/root/f", dst)
+				got, err := os.ReadFile(dst)
+				require.NoError(t, err)
+				require.Equal(t, "content", string(got))
+				require.NoError(t, os.Mkdir(filepath.Join(dir, "tree"), 0o755))
+				require.NoError(t, os.WriteFile(filepath.Join(dir, "tree", "leaf"), []byte("green"), 0o600))
+				run(0, "", "file", "push", "--recursive", filepath.Join(dir, "tree"), "fake:c1/root")
+				run(0, "", "file", "pull", "--recursive", "fake:c1/root/tree", filepath.Join(dir, "back"))
+				got, err = os.ReadFile(filepath.Join(dir, "back", "tree", "leaf"))
+				require.NoError(t, err)
+				require.Equal(t, "green", string(got))
+				run(0, "", "file", "delete", "fake:c1/root/f")
+			})
+		}
 	}
 }
 
@@ -210,7 +239,6 @@ func TestLxcCommand(t *testing.T) {
 func quick(v *lxdtest.Version) {
 	v.StartDelay = 0
 	v.PingInterval = 100 * time.Millisecond
-	v.ConnectWindow = 2500 * time.Millisecond
-	v.OperationLifetime = 1500 * time.Millisecond
+	v.ConnectWindow, v.OperationLifetime = patience, patience // for a busy machine
 	v.ChildGrace = min(v.ChildGrace, 100*time.Millisecond)
 }

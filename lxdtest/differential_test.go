@@ -14,17 +14,14 @@ import (
 	"github.com/lxdtransport/transport/lxdtest"
 )
 
-// ways are those to a server: its unix socket, and HTTPS with a client certificate.
-var ways = []string{"unix", "https"}
-
 // TestTraces has every conversation with the fake alone. What it expects was seen on LXD 5.0.2.
 func TestTraces(t *testing.T) {
 	t.Parallel()
-	for _, way := range ways {
+	for name, https := range map[string]bool{"unix": false, "https": true} {
 		for _, c := range scenarios {
-			t.Run(way+"/"+c.name, func(t *testing.T) {
+			t.Run(name+"/"+c.name, func(t *testing.T) {
 				t.Parallel()
-				w := fakeWire(t, fakeFor(t, "c1", way), "c1")
+				w := fakeWire(t, c.fake(t, "c1", https), "c1")
 				c.do(w)
 				rest := w.transcript()
 				for _, want := range c.want {
@@ -38,13 +35,19 @@ func TestTraces(t *testing.T) {
 }
 
 // fakeFor is a server like LXD 5.0.2, but quicker, with one instance that runs commands of this machine.
-func fakeFor(t testing.TB, instance, way string) *lxdtest.Server {
+func fakeFor(t testing.TB, instance string) *lxdtest.Server {
+	return scenario{}.fake(t, instance, false)
+}
+
+// fake is fakeFor for a conversation.
+func (c scenario) fake(t testing.TB, instance string, https bool) *lxdtest.Server {
 	s := lxdtest.NewUnstartedServer()
 	s.Handler = lxdtest.LocalCommands("")
 	s.Images = []string{os.Getenv("TRANSPORT_LXD_IMAGE")}
 	s.AddInstance(lxdtest.Instance{Name: instance})
 	quick(&s.Version)
-	if way == "https" {
+	c.hurry(&s.Version)
+	if https {
 		s.StartTLS()
 	} else {
 		s.Start()
@@ -54,19 +57,25 @@ func fakeFor(t testing.TB, instance, way string) *lxdtest.Server {
 }
 
 // TestDifferential has every conversation with the fake and with a real LXD 5.0 and compares the
-// transcripts line by line.
+// transcripts line by line, over the unix socket and over HTTPS.
 func TestDifferential(t *testing.T) {
-	for _, way := range ways {
-		t.Run(way, func(t *testing.T) {
-			real := realWire(t, way)
+	for name, real := range map[string]*wire{"unix": realUnix(t), "https": realTLS(t)} {
+		real.settle("POST", "/1.0/instances", `{"name":"`+real.instance+`","source":{"type":"image","alias":"`+os.Getenv("TRANSPORT_LXD_IMAGE")+`"}}`)
+		t.Cleanup(func() {
+			real.settle("PUT", "/1.0/instances/INSTANCE/state", `{"action":"stop","force":true}`)
+			real.settle("DELETE", "/1.0/instances/INSTANCE", "")
+		})
+		real.settle("PUT", "/1.0/instances/INSTANCE/state", `{"action":"start"}`)
+		t.Run(name, func(t *testing.T) {
 			for _, c := range scenarios {
 				t.Run(c.name, func(t *testing.T) {
 					// All SFTP sessions share one process on the real server, which nonsense can end.
 					if !strings.HasPrefix(c.name, "SFTP") {
 						t.Parallel()
 					}
-					w := &wire{t: t, socket: real.socket, address: real.address, tls: real.tls, instance: real.instance}
-					f := fakeWire(t, fakeFor(t, w.instance, way), w.instance)
+					w := real.of(real.instance)
+					w.t = t
+					f := fakeWire(t, c.fake(t, w.instance, real.socket == ""), w.instance)
 					done := make(chan struct{})
 					go func() {
 						defer close(done)
@@ -81,64 +90,46 @@ func TestDifferential(t *testing.T) {
 	}
 }
 
-// realWire is a wire to the server that the environment names, with an instance of its own. It skips the
-// test, or with REQUIRE_LXD=1 fails it, if there is none.
-func realWire(t *testing.T, way string) *wire {
-	w := &wire{t: t, instance: fmt.Sprintf("lxdtest-%d-%s", os.Getpid(), way)}
-	if way == "https" {
-		w.address, w.tls = realTLS(t)
-	} else {
-		w.socket = need(t, "TRANSPORT_LXD_SOCKET")
-	}
-	image := os.Getenv("TRANSPORT_LXD_IMAGE")
-	wait := func(method, path, body string) {
-		_, b := w.get(method, path, "", body)
-		_, b = w.get("GET", "/1.0/operations/"+w.session(b).id+"/wait", "", "")
-		require.Contains(t, string(b), `"status":"Success"`)
-	}
-	wait("POST", "/1.0/instances", `{"name":"`+w.instance+`","source":{"type":"image","alias":"`+image+`"}}`)
-	t.Cleanup(func() {
-		wait("PUT", "/1.0/instances/INSTANCE/state", `{"action":"stop","force":true}`)
-		wait("DELETE", "/1.0/instances/INSTANCE", "")
-	})
-	wait("PUT", "/1.0/instances/INSTANCE/state", `{"action":"start"}`)
-	return w
+// realUnix is a wire to the server that the environment names. It skips the test, or with REQUIRE_LXD=1 fails it, if there
+// is none.
+func realUnix(t *testing.T) *wire {
+	return &wire{t: t, socket: fromEnvironment(t, "TRANSPORT_LXD_SOCKET"), instance: fmt.Sprintf("lxdtest-%d", os.Getpid())}
 }
 
-// need is a variable that scripts/lxd sets.
-func need(t *testing.T, name string) string {
-	value := os.Getenv(name)
-	if value == "" {
-		if os.Getenv("REQUIRE_LXD") == "1" {
-			t.Fatalf("%s is not set: run scripts/lxd up", name)
-		}
-		t.Skip("there is no LXD to compare with: run scripts/lxd up and set what it prints")
-	}
-	return value
-}
-
-// realTLS is the address of the server that the environment names, and how it is met by a client that it trusts.
-func realTLS(t *testing.T) (address string, config *tls.Config) {
-	address = strings.TrimPrefix(need(t, "TRANSPORT_LXD_ADDR"), "https://")
+// realTLS is realUnix over HTTPS.
+func realTLS(t *testing.T) *wire {
+	address := strings.TrimPrefix(fromEnvironment(t, "TRANSPORT_LXD_ADDR"), "https://")
 	pool := x509.NewCertPool()
 	pem, err := os.ReadFile(os.Getenv("TRANSPORT_LXD_SERVER_CERT"))
 	require.NoError(t, err)
 	pool.AppendCertsFromPEM(pem)
 	pair, err := tls.LoadX509KeyPair(os.Getenv("TRANSPORT_LXD_CERT"), os.Getenv("TRANSPORT_LXD_KEY"))
 	require.NoError(t, err)
-	return address, &tls.Config{RootCAs: pool, Certificates: []tls.Certificate{pair}, NextProtos: []string{"http/1.1"}, ServerName: "127.0.0.1"}
+	config := &tls.Config{RootCAs: pool, Certificates: []tls.Certificate{pair}, NextProtos: []string{"http/1.1"}, ServerName: "127.0.0.1"}
+	return &wire{t: t, address: address, tls: config, instance: fmt.Sprintf("lxdtests-%d", os.Getpid())}
 }
 
-// TestDifferentialTLS compares what clients over HTTPS are told that the server does and does not know.
-func TestDifferentialTLS(t *testing.T) {
-	address, trusted := realTLS(t)
+func fromEnvironment(t *testing.T, variable string) string {
+	value := os.Getenv(variable)
+	if value == "" {
+		if os.Getenv("REQUIRE_LXD") == "1" {
+			t.Fatalf("%s is not set: run scripts/lxd up", variable)
+		}
+		t.Skip("there is no LXD to compare with: run scripts/lxd up and set what it prints")
+	}
+	return value
+}
+
+// TestDifferentialTrust compares what clients over HTTPS are told that the server does and does not know.
+func TestDifferentialTrust(t *testing.T) {
+	real := realTLS(t)
 	s := lxdtest.NewTLSServer()
 	t.Cleanup(s.Close)
 	fake := s.ClientTLS()
 	for _, known := range []bool{true, false} {
 		t.Run(fmt.Sprintf("known %v", known), func(t *testing.T) {
 			transcripts := [2]string{}
-			for n, w := range []*wire{{t: t, address: address, tls: trusted.Clone(), instance: "nobody"}, fakeWire(t, s, "nobody")} {
+			for n, w := range []*wire{{t: t, address: real.address, tls: real.tls.Clone(), instance: "nobody"}, fakeWire(t, s, "nobody")} {
 				if n == 1 {
 					w.tls = fake.Clone()
 				}

@@ -133,7 +133,7 @@ func (s *Server) postExec(w http.ResponseWriter, r *http.Request) {
 		}
 		metadata = map[string]any{"command": req.Command, "environment": x.env, "fds": x.secrets, "interactive": req.Interactive}
 	}
-	op := s.newOperation(r, class, "Executing command", i, true, metadata)
+	op := s.newOperation(r, class, executing, i, true, metadata)
 	x.op, op.exec = op, x
 	op.mayCancel = s.Version.Delete == DeleteKills || s.Version.Delete == DeleteFails && req.WaitForWebsocket
 	s.mu.Lock()

@@ -183,7 +183,7 @@ func TestFaults(t *testing.T) {
 				s := lxdtest.NewUnstartedServer()
 				s.Handler = lxdtest.LocalCommands("")
 				quick(&s.Version)
-				s.Version.OperationLifetime = patience
+				scenario{want: row.want}.hurry(&s.Version)
 				s.AddInstance(lxdtest.Instance{Name: "c1"})
 				if https {
 					s.StartTLS()
@@ -228,7 +228,7 @@ func TestHostileSFTP(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := fakeFor(t, "c1", "unix")
+			s := fakeFor(t, "c1")
 			s.Inject(fault)
 			c := sftpClient(t, s)
 			_, err := c.Stat("/etc")
@@ -237,7 +237,7 @@ func TestHostileSFTP(t *testing.T) {
 	}
 	t.Run("sizes and names", func(t *testing.T) {
 		t.Parallel()
-		s := fakeFor(t, "c1", "unix")
+		s := fakeFor(t, "c1")
 		require.NoError(t, s.WriteFile("c1", "/tmp/f", []byte("content"), 0o644))
 		s.Inject(
 			lxdtest.Fault{Route: lxdtest.RouteSFTP, Moment: lxdtest.OnStat, Nth: 1, Do: lxdtest.LieSize(1 << 50)},

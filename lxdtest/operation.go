@@ -30,6 +30,9 @@ var statusNames = map[int]string{
 	codeSuccess: "Success", codeFailure: "Failure", codeCancelled: "Cancelled",
 }
 
+// executing is the description of a command's operation.
+const executing = "Executing command"
+
 // An operation is what LXD does in the background.
 type operation struct {
 	s           *Server
@@ -86,7 +89,7 @@ func (s *Server) newOperation(r *http.Request, class, description string, i *ins
 	op := &operation{
 		s: s, id: s.newID(now), class: class, description: description, project: i.Project, requestor: who, unix: r.TLS == nil,
 		created: now, updated: now, status: codeRunning, metadata: metadata, done: make(chan struct{}),
-		resources: s.resources(i, bothResources),
+		resources: s.resources(i, description, bothResources),
 	}
 	if s.Version.EntityURL {
 		if op.metadata == nil {
@@ -109,8 +112,10 @@ func (op *operation) born() {
 	op.s.emit("operation", op.project, state)
 }
 
-func (s *Server) resources(i *instance, both bool) map[string][]string {
-	if s.Version.EntityURL {
+// resources are what the operation is about. A release that says it in the metadata was seen to leave out that of an exec; lxc launch
+// cannot do without.
+func (s *Server) resources(i *instance, description string, both bool) map[string][]string {
+	if s.Version.EntityURL && description == executing {
 		return map[string][]string{}
 	}
 	res := map[string][]string{"instances": {i.url()}}

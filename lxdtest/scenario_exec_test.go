@@ -70,12 +70,12 @@ var execScenarios = []scenario{
 		s.finish()
 	}, []string{`"return":0`, `"x\nend\n"`}},
 
-	{"stdin: one message of 64 MiB, in fragments", func(w *wire) {
+	{"stdin: one message of 16 MiB, in fragments", func(w *wire) {
 		s := w.shell("wc -c").all()
-		s.binary("0", strings.Repeat("x", 64<<20))
+		s.binary("0", strings.Repeat("x", 16<<20))
 		s.text("0", "")
 		s.finish()
-	}, []string{`"return":0`, `"67108864\n"`}},
+	}, []string{`"return":0`, `"16777216\n"`}},
 
 	{"stdin: the command does not read it", func(w *wire) {
 		s := w.shell("head -c 10; echo; echo done").all()
@@ -137,13 +137,13 @@ var execScenarios = []scenario{
 	}, []string{`1: BINARY, TEXT "", END 100001 bytes`, `1: END ""`, "Failure -1 fork/exec /usr/bin/lxd: argument list too long"}},
 
 	{"output that nobody takes for a while", func(w *wire) {
-		s := w.shell("head -c 3000000 /dev/zero; echo done >&2")
+		s := w.shell("head -c 20000000 /dev/zero; echo done >&2")
 		release := s.hold("1")
 		s.all()
 		s.result("?timeout=0")
 		release()
 		s.finish()
-	}, []string{`"status":"Running"`, `"return":0`, `1: BINARY, TEXT "", END 3000000 bytes`, `"done\n"`}},
+	}, []string{`"status":"Running"`, `"return":0`, `1: BINARY, TEXT "", END 20000000 bytes`, `"done\n"`}},
 
 	{"environment", func(w *wire) {
 		b, _ := json.Marshal(map[string]any{"wait-for-websocket": true, "environment": map[string]string{"A": "b c", "LANG": "C"},

@@ -67,7 +67,10 @@ var instanceScenarios = []scenario{
 			w.get("DELETE", model, "", "")
 			w.get("DELETE", copied, "", "")
 		}()
-		w.do("POST", model+"/files?path=/root/kept", octets+"X-LXD-mode: 0640", "content\n")
+		until(w.t, func() bool { // the real server's helper now and then does not start at once
+			res, _ := w.get("POST", model+"/files?path=/root/kept", octets+"X-LXD-mode: 0640", "content\n")
+			return res.StatusCode == 200
+		})
 		w.do("POST", "/1.0/instances?target=m", "", `{"name":"INSTANCEn","source":{"type":"copy"}}`)
 		w.do("POST", "/1.0/instances", "", `{"name":"INSTANCEn","source":{"type":"copy"}}`)
 		w.do("POST", "/1.0/instances", "", `{"name":"INSTANCEn","source":{"type":"copy","source":"no-such-instance"}}`)

@@ -244,6 +244,20 @@ var socketScenarios = []scenario{
 		s.dial("control")
 	}, []string{`"return":0`, "dial control: 500", "Only running operations can be connected"}},
 
+	{"a stranger who has the secret", func(w *wire) {
+		if w.tls == nil {
+			return // there are none
+		}
+		s := w.exec(ws(`["true"]`))
+		stranger := w.of(w.instance)
+		stranger.tls = w.tls.Clone()
+		stranger.tls.Certificates = nil
+		other := &session{w: stranger, id: s.id, fds: s.fds}
+		w.note("let in: %v", other.dial("1") != nil)
+		s.open("control", "0", "2")
+		s.result()
+	}, nil},
+
 	{"a handshake", func(w *wire) {
 		s := w.shell("true")
 		d := w.dialer()

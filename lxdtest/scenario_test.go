@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/lxdtransport/transport/lxdtest"
 )
 
 // A scenario is a conversation with a server. The differential test has it with the fake and the real
@@ -14,6 +16,16 @@ type scenario struct {
 	name string
 	do   func(w *wire)
 	want []string // lines, or parts of them, that the transcript has in this order
+}
+
+// hurry shortens what the conversation waits for.
+func (c scenario) hurry(v *lxdtest.Version) {
+	switch {
+	case strings.Contains(strings.Join(c.want, ""), "Timed out"):
+		v.ConnectWindow = 2500 * time.Millisecond
+	case c.name == "an operation vanishes":
+		v.OperationLifetime = 1500 * time.Millisecond
+	}
 }
 
 const octets = "Content-Type: application/octet-stream\n"

@@ -48,7 +48,7 @@ type Version struct {
 	HideSecrets     bool // fds are shown in the answer to the POST only
 	ErrCode         bool // operations have err_code
 	Requestor       bool // operations have requestor
-	EntityURL       bool // operations have metadata.entity_url, and no resources
+	EntityURL       bool // operations have metadata.entity_url, and that of an exec no resources
 	UUIDv7          bool // operation ids are sorted by time
 	OldResources    bool // resources.containers names /1.0/containers/…
 	ContainersAlias bool // /1.0/containers and /1.0/virtual-machines exist
