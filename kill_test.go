@@ -364,7 +364,8 @@ func TestKillingInABusyInstance(t *testing.T) {
 // status comes all the same.
 func TestStatusWaitsForTheKilling(t *testing.T) {
 	t.Parallel()
-	for name, own := range map[string]string{"ended by TERM": "wait", "ended by itself": "exit 3"} {
+	// ctx may end just before the end of the command is seen
+	for name, own := range map[string]string{"ended by TERM": "wait", "ended by itself( after TERM)?": "exit 3"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := fake(t, false, lxdtest.LocalCommands(""), func(v *lxdtest.Version) { *v = lxdtest.LXD50 })
@@ -389,7 +390,7 @@ func TestStatusWaitsForTheKilling(t *testing.T) {
 			assert.Equal(t, want, code, "%v", err)
 			assert.ErrorIs(t, err, errKillTest)
 			assert.NotErrorIs(t, err, transport.ErrOutputLost)
-			assert.ErrorContains(t, err, name+"; descendants killed: 1")
+			assert.Regexp(t, name+"; descendants killed: 1", err.Error())
 		})
 	}
 }

@@ -83,7 +83,7 @@ func (e *execution) ending(f fate) string {
 		how = fmt.Sprintf("it ended by itself after %s", sig)
 	}
 	left := e.sweep.result
-	if e.sweep.alive && left.killed > 0 {
+	if e.sweep.alive && left.killed > 0 && (!f.exited || f.code == 128+signals[SIGKILL]) { // else it was gone by then
 		left.killed--
 	}
 	return how + "; " + left.String()
