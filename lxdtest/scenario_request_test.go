@@ -1,6 +1,7 @@
 package lxdtest_test
 
 import (
+	"encoding/json"
 	"time"
 
 	"github.com/gorilla/websocket"
@@ -30,9 +31,10 @@ var requestScenarios = []scenario{
 	}, []string{`"output":{"1":"/1.0/instances/INSTANCE/logs/exec_ID.stdout","2":"/1.0/instances/INSTANCE/logs/exec_ID.stderr"},"return":0`, "out", "{}", "500", "err", "{}"}},
 
 	{"waiting with a time-out", func(w *wire) {
-		s := w.exec(`{"command":["sleep","1.5"]}`)
+		s, end := w.waiting("wait")
 		s.result("?timeout=0")
 		s.result("?timeout=1")
+		end()
 		s.result("?timeout=nonsense")
 		s.result("?timeout=-1&project=nonsense")
 		w.do("GET", "/1.0/operations/nonsense/wait", "", "")
@@ -53,8 +55,9 @@ var requestScenarios = []scenario{
 		w.do("DELETE", "/1.0/operations/"+s.id, "", "")
 		s.text("0", "")
 		s.finish()
-		s = w.exec(`{"command":["sleep","0.5"]}`)
+		s, end := w.waiting("cancel")
 		w.do("DELETE", "/1.0/operations/"+s.id, "", "")
+		end()
 		s.result()
 	}, []string{"400", "This operation can't be cancelled", `"return":0`, "400", "This operation can't be cancelled", `"return":0`}},
 
@@ -136,4 +139,10 @@ var requestScenarios = []scenario{
 		w.do("GET", "/1.0/events?type=nonsense", "", "")
 		w.do("GET", "/1.0/events", "", "")
 	}, []string{"500", `\"nonsense\" isn't a supported event type`, "400"}},
+}
+
+// waiting starts a command without sockets that runs until end is called.
+func (w *wire) waiting(name string) (s *session, end func()) {
+	b, _ := json.Marshal(map[string]any{"command": []string{"sh", "-c", waitFor(name)}})
+	return w.exec(string(b)), func() { w.give(name) }
 }

@@ -27,9 +27,11 @@ var socketScenarios = []scenario{
 	}, []string{`"status":"Success"`, `"return":143`}},
 
 	{"signal reaches the process only", func(w *wire) {
-		s := w.shell("(sleep 1; echo child) & echo ready; wait").all()
+		s := w.shell("(" + waitFor("child") + "; echo child) & echo ready; wait").all()
 		s.expect("1", "ready\n")
 		s.text("control", `{"command":"signal","signal":9}`)
+		s.ended("control")
+		w.give("child")
 		s.finish()
 	}, []string{`"return":137`, `"ready\nchild\n"`}},
 
@@ -144,10 +146,11 @@ var socketScenarios = []scenario{
 	}, []string{`"return":0`, `10485760 bytes`, `: true, more than 4 KiB: true`}},
 
 	{"a background child holds stdout open", func(w *wire) {
-		s := w.shell("(sleep 1; echo late) & echo started").all()
+		s := w.shell("(" + waitFor("late") + "; echo late) & echo started").all()
 		s.ended("control")
 		status, _, _ := s.state()
 		w.note("control has ended, the operation is %s", status)
+		w.give("late")
 		s.finish()
 	}, []string{`the operation is Running`, `"return":0`, `"started\nlate\n"`}},
 

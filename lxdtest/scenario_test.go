@@ -39,6 +39,15 @@ func ws(command string, more ...string) string {
 	return `{"command":` + command + `,"wait-for-websocket":true` + strings.Join(more, "") + `}`
 }
 
+// waitFor is a script that waits until something is given, or for the end of the fake's instance.
+func waitFor(name string) string {
+	return "until test -e ../tmp/" + name + " || ! test -d ../tmp; do sleep 0.05; done"
+}
+
+func (w *wire) give(name string) {
+	w.get("POST", "/1.0/instances/INSTANCE/files?path=/tmp/"+name, octets, "")
+}
+
 // scenarios are all of them.
 var scenarios = slices.Concat(execScenarios, socketScenarios, terminalScenarios, requestScenarios, fileScenarios, sftpScenarios, instanceScenarios)
 

@@ -377,10 +377,10 @@ func TestClose(t *testing.T) {
 	s.Start()
 	w := fakeWire(t, s, "c1")
 	e := w.exec(ws(`["stubborn"]`)).all()
-	until(t, func() bool { return s.Execs()[0].Started })
-	open := strings.Join(s.Open(), "\n")
-	require.Contains(t, open, `process "stubborn"`)
-	require.Contains(t, open, "socket control")
+	until(t, func() bool {
+		open := strings.Join(s.Open(), "\n")
+		return strings.Contains(open, `process "stubborn"`) && strings.Contains(open, "socket control")
+	})
 	var closers sync.WaitGroup
 	for range 2 {
 		closers.Go(s.Close)
