@@ -8,6 +8,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"net/url"
 	"os"
 	"reflect"
 	"sync"
@@ -149,6 +150,7 @@ type execution struct {
 	settled     bool        // LXD has told the command's end
 	next        *time.Timer // the next step after interrupt
 	drain       *time.Timer // looks after outputs that do not end
+	absence     *time.Timer // looks for the command when all outputs have
 	spare       *time.Timer // cuts them after a sweep
 	copyErr     error       // the first
 	sweep       *sweep      // what the command left behind is being killed, or has been
@@ -435,6 +437,7 @@ func (e *execution) serve(conns map[string]*websocket.Conn) {
 			defer e.mu.Unlock()
 			if e.undrained--; e.undrained == 0 {
 				close(e.drained)
+				e.watchFor(goneAfter)
 			}
 		})
 	}
@@ -470,7 +473,7 @@ func (e *execution) notConnected(first error, refused bool, f fate) error {
 		first = context.Cause(e.ctx)
 	}
 	if refused {
-		return notStarted(e.t.explain(e.ctx, first))
+		return notStarted(e.whyRefused(first, f))
 	}
 	// All sockets may have been connected as the server sees it. Then the command has run, and was killed when we closed
 	// control, but not what it had started. LXD tells, at the latest when it has waited for the sockets in vain.
@@ -502,6 +505,24 @@ func (e *execution) notConnected(first error, refused bool, f fate) error {
 			text: fmt.Sprintf("the sockets could not all be connected, and yet the command ran, and ended with status 0, its output is lost: %v; %v", first, left)}
 	}
 	return fmt.Errorf("the sockets could not all be connected, and it is not known whether the command ran: %w; %v", first, left)
+}
+
+// whyRefused explains an answer to the dial of a socket. LXD refuses one of an operation that has ended without a word about why, which it tells
+// for a while whoever asks.
+func (e *execution) whyRefused(err error, f fate) error {
+	if errors.As(err, new(*apiError)) && f.err != nil {
+		ctx, cancel := within(e.ctx, forgetAfter)
+		defer cancel()
+		op, askErr := e.t.getOperation(ctx, "/1.0/operations/"+url.PathEscape(e.id), nil, forgetAfter)
+		if askErr == nil && op.final() {
+			f = op.fate()
+		}
+	}
+	err = e.t.explain(e.ctx, err)
+	if f.err == nil && f.text != "" {
+		err = fmt.Errorf("%w: %s", err, quoted(f.text))
+	}
+	return err
 }
 
 // fateWithout asks for the fate of a command whose sockets are closed.
@@ -558,7 +579,7 @@ func (e *execution) run() error {
 func (e *execution) finish() {
 	e.mu.Lock()
 	e.finished = true
-	for _, t := range []*time.Timer{e.late, e.next, e.drain, e.spare} {
+	for _, t := range []*time.Timer{e.late, e.next, e.drain, e.absence, e.spare} {
 		if t != nil {
 			t.Stop()
 		}

@@ -24,3 +24,9 @@ func WrapSockets(t *LXD, wrap func(net.Conn) net.Conn) {
 		}
 	}
 }
+
+// Gone asks an instance whether a command has ended, by its mark, which is in its environment.
+func Gone(ctx context.Context, t *LXD, mark string) bool { return t.gone(ctx, mark) }
+
+// MarkPrefix begins the variables in which the marks are.
+const MarkPrefix = markPrefix

@@ -371,6 +371,16 @@ func TestDaemonThatDies(t *testing.T) {
 	})
 }
 
+// LXD refuses a socket of an operation that has ended without a word about why. Whoever asks is told.
+func TestSocketThatComesTooLate(t *testing.T) {
+	onFakeThatWaits(t, 50*time.Millisecond, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		s.Inject(websocket("1", lxdtest.OnRequest, lxdtest.Delay(200*time.Millisecond)))
+		err := host.Exec(soon(t), transport.Command{Args: []string{"exit", "0"}})
+		assert.ErrorIs(t, err, transport.ErrNotStarted)
+		assert.ErrorContains(t, err, "Timed out waiting for websockets to connect")
+	})
+}
+
 // A server that does nothing any more cannot hold Exec beyond its bound.
 func TestServerThatStalls(t *testing.T) {
 	t.Parallel()
