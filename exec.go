@@ -31,6 +31,9 @@ const (
 	// statusGrace is how long after the outputs were cut the host has to report the status.
 	statusGrace = time.Second
 
+	// fateTime is how long the fate of a command whose sockets could not be connected is asked for: LXD waits for them as long as we do.
+	fateTime = connectTimeout + killGrace
+
 	// answerGrace is how long after the end of the command's process, or of the link to it, the request that waits for the operation may go on.
 	answerGrace = time.Second
 
@@ -327,7 +330,7 @@ func (e *execution) request() (map[string]string, error) {
 // Stdin's is asked for when control stands: a command that ended before would leave nobody to be told of, and LXD 5.0 dies of a
 // socket that is connected just when an operation ends.
 func (e *execution) connect(secrets map[string]string) error {
-	ctx, stop := within(e.ctx, connectTimeout)
+	ctx, stop := within(e.ctx, min(connectTimeout, e.t.liveness))
 	defer stop()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -476,20 +479,24 @@ func (e *execution) notConnected(first error, refused bool, f fate) error {
 		return notStarted(e.whyRefused(first, f))
 	}
 	// All sockets may have been connected as the server sees it. Then the command has run, and was killed when we closed
-	// control, but not what it had started. LXD tells, at the latest when it has waited for the sockets in vain.
+	// control, but not what it had started. LXD tells, at the latest when it has waited for the sockets in vain. All questions together have
+	// a bound: a server may answer one kind of them for ever, and hang at the other.
+	inTime, cancel := within(context.WithoutCancel(e.ctx), fateTime+reapTime)
+	defer cancel()
+	defer context.AfterFunc(e.ctx, func() { time.AfterFunc(statusGrace+reapTime, cancel) })()
 	if f.err != nil {
-		f = e.fateWithout()
+		f = e.fateWithout(inTime)
 	}
 	var left reaped
 	for round := 0; e.mark != "" && !f.notStarted() && round < 3; round++ {
-		ctx, cancel := within(context.WithoutCancel(e.ctx), reapTime)
+		ctx, cancel := within(inTime, reapTime)
 		now := e.t.reaper.reap(ctx, e.mark)
 		cancel()
 		left = reaped{killed: left.killed + now.killed, left: now.left, err: now.err}
-		if f.err == nil || now.err != nil && !errors.Is(f.err, errRunning) { // it is known, or nobody answers
+		if f.err == nil || inTime.Err() != nil || now.err != nil && !errors.Is(f.err, errRunning) { // it is known, or nobody answers
 			break
 		}
-		f = e.fateWithout() // until what held it open had been killed, it may not have ended
+		f = e.fateWithout(inTime) // until what held it open had been killed, it may not have ended
 	}
 	if cause := context.Cause(e.ctx); cause != nil && !errors.Is(first, cause) { // it has ended meanwhile
 		first = &causes{text: fmt.Sprintf("%v; %v", cause, first), errs: []error{cause, first}}
@@ -526,8 +533,8 @@ func (e *execution) whyRefused(err error, f fate) error {
 }
 
 // fateWithout asks for the fate of a command whose sockets are closed.
-func (e *execution) fateWithout() fate {
-	ctx, cancel := within(context.WithoutCancel(e.ctx), connectTimeout+killGrace)
+func (e *execution) fateWithout(ctx context.Context) fate {
+	ctx, cancel := within(ctx, fateTime)
 	defer cancel()
 	defer context.AfterFunc(e.ctx, func() { time.AfterFunc(statusGrace, cancel) })()
 	return e.t.waitOperation(ctx, e.id, over)

@@ -45,7 +45,9 @@ type LXDOptions struct {
 
 	// Liveness is how long the server may be silent while a command runs, before it is taken for dead: a server or a link that vanished without
 	// a word, or a member of a cluster that hangs behind one that does not. The error then says that the command may still run. A command
-	// that prints nothing, and a writer that takes nothing, are no silence of the server's, which is asked again and again. At least 3 s; 0: a minute.
+	// that prints nothing, and a writer that takes nothing, are no silence of the server's, which is asked again and again. While a command is being
+	// started the waits add up: that for the answer to its request, for the reason of a refusal, for its sockets (10 s at most) and, without those,
+	// for what became of it (18 s at most). At least 3 s; 0: a minute.
 	Liveness time.Duration
 
 	product string // what the server said that it is, when DialLXD asked

@@ -411,6 +411,46 @@ func TestServerThatStalls(t *testing.T) {
 	}
 }
 
+// TestVerdictOfAServerThatHangs: whenever a server falls silent there is a verdict soon, and not the sum of all that could be waited for. That
+// it answers some questions, as a member of a cluster does before one that hangs, makes no difference.
+func TestVerdictOfAServerThatHangs(t *testing.T) {
+	t.Parallel()
+	const silence = 3 * time.Second
+	again := lxdtest.Fault{Route: lxdtest.RouteExec, Nth: 2, Do: lxdtest.Stall} // the search for what the command has left behind
+	wait, operation := lxdtest.Fault{Route: lxdtest.RouteWait, Do: lxdtest.Stall}, lxdtest.Fault{Route: lxdtest.RouteOperation, Do: lxdtest.Stall}
+	var all sync.WaitGroup // they do nothing but wait, and need no turns of their own
+	defer all.Wait()
+	for name, c := range map[string]struct {
+		faults []lxdtest.Fault
+		cancel bool
+		within time.Duration
+	}{
+		"from the sockets on":                        {faults: []lxdtest.Fault{websocket("1", lxdtest.OnRequest, lxdtest.Stall), wait, operation, again}, within: 5 * silence},
+		"from the sockets on, but for the operation": {faults: []lxdtest.Fault{websocket("1", lxdtest.OnRequest, lxdtest.Stall), again}, within: 13 * silence},
+		"from the sockets on, and ctx ends":          {faults: []lxdtest.Fault{websocket("1", lxdtest.OnRequest, lxdtest.Stall), again}, cancel: true, within: 4 * silence},
+		"from the command on":                        {faults: []lxdtest.Fault{wait, operation, again}, within: 5 * silence},
+		"from the command on, and ctx ends":          {faults: []lxdtest.Fault{wait, operation, again}, cancel: true, within: 5 * silence},
+	} {
+		s := fake(t, true, commands, func(v *lxdtest.Version) { v.ConnectWindow = 4 * patience })
+		s.Inject(c.faults...)
+		host := newLXD(t, connect(t, s), "c1", &transport.LXDOptions{Liveness: silence})
+		ctx, cancel := context.WithCancel(soon(t))
+		if c.cancel {
+			ctx, cancel = context.WithTimeout(soon(t), time.Second)
+		}
+		all.Go(func() {
+			defer cancel()
+			start := time.Now()
+			err := host.Exec(ctx, transport.Command{Args: []string{"wait"}, WaitDelay: silence})
+			assert.Less(t, time.Since(start), c.within, "%s: %v", name, err)
+			t.Logf("%s: after %.1f s: %v", name, time.Since(start).Seconds(), err)
+			_, exited := transport.ExitCode(err)
+			assert.False(t, exited, "%s: %v", name, err)
+			assert.NotErrorIs(t, err, transport.ErrNotStarted, name)
+		})
+	}
+}
+
 // A stream that the server never ends is cut when the command has been over for WaitDelay.
 func TestMarkThatNeverComes(t *testing.T) {
 	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
