@@ -1,11 +1,15 @@
 package reallxd
 
 import (
+	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	lxd "github.com/canonical/lxd/client"
 )
@@ -25,7 +29,7 @@ func NeedCluster(t testing.TB) {
 	need(t, "TRANSPORT_CLUSTER_SOCKET_1", "REQUIRE_CLUSTER", "LXD cluster", "scripts/cluster")
 }
 
-// Cluster returns the members. A test that kills or stops one is not parallel, and starts it again at its end.
+// Cluster returns the members. A test that kills or stops one uses ClusterToBreak.
 func Cluster(t testing.TB) []Member {
 	t.Helper()
 	NeedCluster(t)
@@ -34,6 +38,14 @@ func Cluster(t testing.TB) []Member {
 		of := func(what string) string { return os.Getenv(fmt.Sprintf("TRANSPORT_CLUSTER_%s_%d", what, n)) }
 		all = append(all, Member{Number: n, Name: fmt.Sprintf("m%d", n), Socket: of("SOCKET"), Addr: of("ADDR"), Instance: of("INSTANCE")})
 	}
+	return all
+}
+
+// ClusterToBreak is Cluster for a test that kills and stops members, and is not parallel. All run again after it.
+func ClusterToBreak(t testing.TB) []Member {
+	t.Helper()
+	all := Cluster(t)
+	t.Cleanup(func() { StartAll(t, all...) })
 	return all
 }
 
@@ -61,11 +73,28 @@ func (m Member) Kill(t testing.TB) { t.Helper(); m.script(t, "kill") }
 // Stop stops the member's daemon with SIGSTOP: it takes connections, and says nothing.
 func (m Member) Stop(t testing.TB) { t.Helper(); m.script(t, "stop") }
 
-// Start starts the member's daemon after Kill, or lets it go on after Stop, and returns when it is ready. It needs another running one.
+// Start starts the member's daemon after Kill, or lets it go on after Stop, and returns when commands pass between it and the others that run.
+// It needs another one. LXD 5.0 may die when it goes on; then it is started again.
 func (m Member) Start(t testing.TB) { t.Helper(); m.script(t, "start") }
 
 // StartAll starts several members, which may be a majority together only.
 func StartAll(t testing.TB, members ...Member) { t.Helper(); script(t, "start", members...) }
+
+// Mend starts those of the members again whose daemons have died by themselves, and says so. The others it only looks at.
+func Mend(t testing.TB, members ...Member) {
+	t.Helper()
+	for _, m := range members {
+		conn, err := net.DialTimeout("unix", m.Socket, time.Second)
+		if err == nil {
+			conn.Close()
+		}
+		if !errors.Is(err, syscall.ECONNREFUSED) {
+			continue
+		}
+		t.Logf("LXD on %s has died by itself, and is started again: %v", m.Name, err)
+		m.Start(t)
+	}
+}
 
 func (m Member) script(t testing.TB, verb string) { t.Helper(); script(t, verb, m) }
 
@@ -76,7 +105,11 @@ func script(t testing.TB, verb string, members ...Member) {
 		args = append(args, fmt.Sprint(m.Number))
 	}
 	// not the test's context: members are started again by t.Cleanup, after its end
-	if out, err := exec.Command(os.Getenv("TRANSPORT_CLUSTER_SCRIPT"), args...).CombinedOutput(); err != nil {
+	out, err := exec.Command(os.Getenv("TRANSPORT_CLUSTER_SCRIPT"), args...).CombinedOutput()
+	if err != nil {
 		t.Fatalf("scripts/cluster %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	if strings.Contains(string(out), "has died") {
+		t.Logf("scripts/cluster %s:\n%s", strings.Join(args, " "), out)
 	}
 }
