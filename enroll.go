@@ -3,6 +3,7 @@ package transport
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -46,7 +47,7 @@ func (c *Credentials) Options() *LXDOptions {
 // EnrollOptions are the options of [Enroll]; nil means all defaults.
 type EnrollOptions struct {
 	// Dir is a directory for client.crt, client.key and server.crt, which is created if it is missing. What is there already is used, and nothing in it is
-	// overwritten but server.crt. "": nothing is stored, and every call makes a new key, unless Client has one.
+	// overwritten but server.crt. Several processes may enroll into it at once, with one token: they get the same pair. "": nothing is stored, and every call makes a new key, unless Client has one.
 	Dir string
 
 	// Client has a certificate and a key to enroll instead of those of Dir or new ones.
@@ -124,41 +125,62 @@ func (o *EnrollOptions) pair(name string) (*Credentials, error) {
 			c.ServerCert = string(b)
 		}
 	}
-	if o.Dir != "" && c.ClientCert == "" {
-		var err error
-		if c.ClientCert, c.ClientKey, err = clientconfig.Pair(filepath.Join(o.Dir, "client.crt"), filepath.Join(o.Dir, "client.key")); err != nil {
-			return nil, err
-		}
-	}
 	if c.ClientCert != "" {
 		return c, nil
 	}
 	var err error
-	if c.ClientCert, c.ClientKey, err = newPair(name); err != nil {
+	if o.Dir != "" {
+		c.ClientCert, c.ClientKey, err = storedPair(o.Dir, name)
+	} else if c.ClientKey, err = newKey(); err == nil {
+		c.ClientCert, err = newCert(c.ClientKey, name)
+	}
+	if err != nil {
 		return nil, err
 	}
-	if o.Dir == "" {
-		return c, nil
+	return c, nil
+}
+
+// storedPair finds the pair in a directory, or makes one there. Of several that do so at once, whichever is first has made the key, then
+// whichever is first a certificate for it, and all have the same pair. One that ends half way leaves a key, which is used the next time.
+func storedPair(dir, name string) (cert, key string, err error) {
+	certFile, keyFile := filepath.Join(dir, "client.crt"), filepath.Join(dir, "client.key")
+	if cert, key, err = clientconfig.Pair(certFile, keyFile); err != nil || cert != "" {
+		return cert, key, err
 	}
-	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
-		return nil, err
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", "", err
 	}
-	// The key first: a certificate without one would be taken for half a pair.
-	if err := write(filepath.Join(o.Dir, "client.key"), c.ClientKey, 0o600); err != nil {
-		return nil, err
+	if key, err = newKey(); err != nil {
+		return "", "", err
 	}
-	return c, write(filepath.Join(o.Dir, "client.crt"), c.ClientCert, 0o644)
+	if err := write(keyFile, key, 0o600, renameNew); err != nil && !errors.Is(err, fs.ErrExist) {
+		return "", "", err
+	}
+	if key, err = clientconfig.Key(keyFile); err != nil {
+		return "", "", err
+	}
+	if cert, err = newCert(key, name); err != nil {
+		return "", "", fmt.Errorf("%s: %w", keyFile, err)
+	}
+	if err := write(certFile, cert, 0o644, renameNew); err != nil && !errors.Is(err, fs.ErrExist) {
+		return "", "", err
+	}
+	return clientconfig.Pair(certFile, keyFile)
 }
 
 func (o *EnrollOptions) store(c *Credentials) error {
 	if o.Dir == "" {
 		return nil
 	}
-	return write(filepath.Join(o.Dir, "server.crt"), c.ServerCert, 0o644)
+	file := filepath.Join(o.Dir, "server.crt")
+	if b, err := os.ReadFile(file); err == nil && string(b) == c.ServerCert {
+		return nil
+	}
+	return write(file, c.ServerCert, 0o644, os.Rename)
 }
 
-// write replaces a file at once.
-func write(name, content string, mode fs.FileMode) error {
+// write makes a file at once: rename gives it its name when it is whole.
+func write(name, content string, mode fs.FileMode, rename func(from, to string) error) error {
 	f, err := os.CreateTemp(filepath.Dir(name), ".transport-*.tmp")
 	if err != nil {
 		return err
@@ -166,7 +188,7 @@ func write(name, content string, mode fs.FileMode) error {
 	_, err = f.WriteString(content)
 	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
 	if err == nil {
-		err = os.Rename(f.Name(), name)
+		err = rename(f.Name(), name)
 	}
 	if err != nil {
 		os.Remove(f.Name())
@@ -174,15 +196,28 @@ func write(name, content string, mode fs.FileMode) error {
 	return err
 }
 
-// newPair makes a key and a certificate for it, signed by itself, as LXD's own client does.
-func newPair(name string) (cert, key string, err error) {
+// newKey makes a key like that of LXD's own client.
+func newKey() (string, error) {
 	private, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
 	if err != nil {
-		return "", "", err
+		return "", err
+	}
+	k, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		return "", err
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: k})), nil
+}
+
+// newCert makes a certificate for a key, signed by itself, as LXD's own client does.
+func newCert(key, name string) (string, error) {
+	private, err := parseKey(key)
+	if err != nil {
+		return "", err
 	}
 	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 128))
 	if err != nil {
-		return "", "", err
+		return "", err
 	}
 	if name == "" {
 		name = "transport"
@@ -193,15 +228,34 @@ func newPair(name string) (cert, key string, err error) {
 		NotBefore: now.Add(-time.Hour), NotAfter: now.AddDate(10, 0, 0), // clocks differ
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}, BasicConstraintsValid: true,
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, &private.PublicKey, private)
+	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
 	if err != nil {
-		return "", "", err
+		return "", err
 	}
-	k, err := x509.MarshalPKCS8PrivateKey(private)
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})), nil
+}
+
+// parseKey takes the forms in which openssl, lxc and incus write keys.
+func parseKey(key string) (crypto.Signer, error) {
+	block, _ := pem.Decode([]byte(key))
+	if block == nil {
+		return nil, errors.New("it is not a key in PEM")
+	}
+	if k, err := x509.ParseECPrivateKey(block.Bytes); err == nil {
+		return k, nil
+	}
+	if k, err := x509.ParsePKCS1PrivateKey(block.Bytes); err == nil {
+		return k, nil
+	}
+	k, err := x509.ParsePKCS8PrivateKey(block.Bytes)
 	if err != nil {
-		return "", "", err
+		return nil, err
 	}
-	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})), string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: k})), nil
+	signer, ok := k.(crypto.Signer)
+	if !ok {
+		return nil, fmt.Errorf("a %T signs nothing", k)
+	}
+	return signer, nil
 }
 
 // enroll asks one address for trust.
@@ -266,6 +320,13 @@ func (c *Credentials) enroll(ctx context.Context, token, name string, pins *LXDO
 	}
 	if err := ask(http.MethodPost, "/1.0/certificates", post, nil); err != nil {
 		no, said := errors.AsType[*apiError](err)
+		// Another process with the same pair and token may have been faster, and its certificate is trusted a moment after its token is used.
+		for n := 0; said && n < 4 && ctx.Err() == nil; n++ {
+			if ask(http.MethodGet, "/1.0", nil, &info) == nil && info.Auth == "trusted" {
+				return nil
+			}
+			pause(ctx, askPause)
+		}
 		if said && no.code < http.StatusInternalServerError {
 			return &causes{text: fmt.Sprintf("%s refuses the token, which may have been used or have expired (`lxc config trust add` makes a new one): %v", info.product(), err), errs: []error{ErrUnauthorized, err}}
 		}

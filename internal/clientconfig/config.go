@@ -172,7 +172,7 @@ func (s *stub) remote(dir, file, name string) (*Remote, error) {
 	return r, nil
 }
 
-// Pair reads a certificate and its key, and checks that nobody else may read the key. Files that do not exist are empty.
+// Pair reads a certificate and its key, and checks that nobody else may read the key. Both are empty where there is no certificate.
 func Pair(certFile, keyFile string) (cert, key string, err error) {
 	c, err := os.ReadFile(certFile)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -181,26 +181,34 @@ func Pair(certFile, keyFile string) (cert, key string, err error) {
 	if err != nil {
 		return "", "", err
 	}
-	info, err := os.Stat(keyFile)
-	if err != nil {
+	if key, err = Key(keyFile); err != nil {
 		return "", "", err
+	}
+	if _, err := tls.X509KeyPair(c, []byte(key)); err != nil {
+		return "", "", fmt.Errorf("%s and %s: %w", certFile, keyFile, err)
+	}
+	return string(c), key, nil
+}
+
+// Key reads a key, and checks that nobody else may read it.
+func Key(file string) (string, error) {
+	info, err := os.Stat(file)
+	if err != nil {
+		return "", err
 	}
 	if runtime.GOOS != "windows" && info.Mode().Perm()&0o077 != 0 {
-		return "", "", fmt.Errorf("the key %s can be read by others (mode %#o): chmod 600 it", keyFile, info.Mode().Perm())
+		return "", fmt.Errorf("the key %s can be read by others (mode %#o): chmod 600 it", file, info.Mode().Perm())
 	}
-	k, err := os.ReadFile(keyFile)
+	k, err := os.ReadFile(file)
 	if err != nil {
-		return "", "", err
+		return "", err
 	}
 	block, _ := pem.Decode(k)
 	switch {
 	case block == nil:
-		return "", "", fmt.Errorf("%s is not a key in PEM", keyFile)
+		return "", fmt.Errorf("%s is not a key in PEM", file)
 	case block.Type == "ENCRYPTED PRIVATE KEY", strings.Contains(block.Headers["Proc-Type"], "ENCRYPTED"):
-		return "", "", fmt.Errorf("the key %s is encrypted, and there is nobody to ask for its password: decrypt it, or give another one (LXDOptions.TLSClientKey)", keyFile)
+		return "", fmt.Errorf("the key %s is encrypted, and there is nobody to ask for its password: decrypt it, or give another one (LXDOptions.TLSClientKey)", file)
 	}
-	if _, err := tls.X509KeyPair(c, k); err != nil {
-		return "", "", fmt.Errorf("%s and %s: %w", certFile, keyFile, err)
-	}
-	return string(c), string(k), nil
+	return string(k), nil
 }
