@@ -47,7 +47,8 @@ func (c *Credentials) Options() *LXDOptions {
 // EnrollOptions are the options of [Enroll]; nil means all defaults.
 type EnrollOptions struct {
 	// Dir is a directory for client.crt, client.key and server.crt, which is created if it is missing. What is there already is used, and nothing in it is
-	// overwritten but server.crt. Several processes may enroll into it at once, with one token: they get the same pair. "": nothing is stored, and every call makes a new key, unless Client has one.
+	// overwritten but server.crt. Several processes may enroll into it at once, with one token: they get the same pair. "": nothing is stored, and
+	// every call makes a new key, unless Client has one.
 	Dir string
 
 	// Client has a certificate and a key to enroll instead of those of Dir or new ones.
