@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -195,7 +196,7 @@ func TestClusterLosesMembers(t *testing.T) {
 				if r.took > 3*liveness {
 					t.Logf("%v: %s", r.took.Round(time.Second/10), name)
 				}
-				_, exited := transport.ExitCode(r.err)
+				code, exited := transport.ExitCode(r.err)
 				switch {
 				case r.err == nil:
 					good++
@@ -206,7 +207,9 @@ func TestClusterLosesMembers(t *testing.T) {
 					assert.Zero(t, times[r.id], name)
 				default:
 					unknown++
-					assert.False(t, exited && times[r.id] == 0, name)
+					// LXD kills a command whose link it has lost, if need be before it has written.
+					killed := code == 128+int(syscall.SIGKILL) && errors.Is(r.err, transport.ErrOutputLost)
+					assert.False(t, exited && !killed && times[r.id] == 0, name)
 				}
 			}
 			t.Logf("%s to %s: %d succeeded, %d not started, %d not known; %.1f s at most", l.entry.Name, there.Name, good, refused, unknown, longest.Seconds())
