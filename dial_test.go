@@ -26,6 +26,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -535,12 +536,16 @@ func TestEnroll(t *testing.T) {
 	name := "enroll-" + strings.ToLower(rand.Text()[:6])
 	token := lastLine(lxc("config", "trust", "add", "--name", name))
 	dir := filepath.Join(t.TempDir(), "credentials")
-	var c *transport.Credentials
-	for range 3 { // the second time it is trusted already
-		var err error
-		c, err = transport.Enroll(ctx, "", token, &transport.EnrollOptions{Dir: dir})
-		require.NoError(t, err)
+	var all sync.WaitGroup
+	for range 4 { // at once: the token is good for one of them, and what it makes trusted is everyone's
+		all.Go(func() {
+			_, err := transport.Enroll(ctx, "", token, &transport.EnrollOptions{Dir: dir})
+			assert.NoError(t, err)
+		})
 	}
+	all.Wait()
+	c, err := transport.Enroll(ctx, "", token, &transport.EnrollOptions{Dir: dir})
+	require.NoError(t, err, "it is trusted already")
 	defer func() {
 		block, _ := pem.Decode([]byte(c.ClientCert))
 		sum := sha256.Sum256(block.Bytes)
