@@ -76,8 +76,8 @@ func (l *clusterLoop) verdicts() (all, good int) {
 }
 
 // TestClusterLosesMembers runs commands on three instances through each member, while members are killed, stopped and started again. What
-// the verdicts say is held against the files in the instances: none ran twice, none ran that was not started, each ran that succeeded. Two members
-// are lost, at random one of them killed and the other stopped, or with TRANSPORT_SLOW_TESTS=1 each both ways.
+// the verdicts say is held against the files in the instances: none ran twice, none ran that was not started, each ran that succeeded. At random the
+// leader is killed and another member stopped or the other way round; with TRANSPORT_SLOW_TESTS=1 both.
 func TestClusterLosesMembers(t *testing.T) {
 	members := reallxd.ClusterToBreak(t)
 	var loops []*clusterLoop
@@ -148,24 +148,34 @@ func TestClusterLosesMembers(t *testing.T) {
 	more(3, true, everyone)
 	phase("all work")
 	type loss struct {
-		what string
-		of   reallxd.Member
-		down func(testing.TB)
+		what   string
+		leader bool // of the database
+		down   func(reallxd.Member, testing.TB)
 	}
-	a, b := members[0], members[2]
-	losses := []loss{{"killed", a, a.Kill}, {"stopped", b, b.Stop}, {"stopped", a, a.Stop}, {"killed", b, b.Kill}}
+	losses := []loss{
+		{"killed", true, reallxd.Member.Kill}, {"stopped", false, reallxd.Member.Stop},
+		{"stopped", true, reallxd.Member.Stop}, {"killed", false, reallxd.Member.Kill},
+	}
 	if first := 2 * rand.IntN(2); !slowTests {
-		losses = losses[first : first+2] // both sorts, both members
+		losses = losses[first : first+2]
 	}
 	for _, lost := range losses {
-		m := lost.of
+		m := reallxd.Leader(t, members)
+		who := "the leader"
+		if !lost.leader {
+			m, who = members[m.Number%len(members)], "not the leader"
+		}
+		phase(fmt.Sprintf("%s, %s, is %s", m.Name, who, lost.what))
 		alive = slices.DeleteFunc(slices.Clone(members), func(other reallxd.Member) bool { return other.Number == m.Number })
-		lost.down(t)
-		phase(m.Name + " is " + lost.what)
+		lost.down(m, t)
 		more(2, false, everyone)
 		phase("everyone has verdicts")
-		more(2, true, func(l *clusterLoop) bool { return l.there.Number != m.Number }) // the surviving members' instances work, through others if need be
-		phase("the others' instances work")
+		// LXD 5.0 may have no database anywhere as long as the leader hangs. Without any other the surviving members' instances work, through
+		// others if need be.
+		if lost.what != "stopped" || !lost.leader {
+			more(2, true, func(l *clusterLoop) bool { return l.there.Number != m.Number })
+			phase("the others' instances work")
+		}
 		m.Start(t)
 		alive = members
 		phase(m.Name + " is up")

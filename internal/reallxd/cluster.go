@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -47,6 +48,24 @@ func ClusterToBreak(t testing.TB) []Member {
 	all := Cluster(t)
 	t.Cleanup(func() { StartAll(t, all...) })
 	return all
+}
+
+// Leader is the member that leads the cluster's database just now. All have to run.
+func Leader(t testing.TB, members []Member) Member {
+	t.Helper()
+	all, err := members[0].Unix(t).GetClusterMembers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range members {
+		for _, is := range all {
+			if is.ServerName == m.Name && slices.Contains(is.Roles, "database-leader") {
+				return m
+			}
+		}
+	}
+	t.Fatalf("none of the cluster's members leads: %+v", all)
+	panic("not reached")
 }
 
 // Servers returns the ways to the member, new connections each time.
