@@ -46,15 +46,15 @@ type clusterLoop struct {
 	all []ran
 }
 
-func (l *clusterLoop) run(ctx context.Context) {
+// run goes on until ctx ends. commands is the context of the commands, which are to have verdicts of their own.
+func (l *clusterLoop) run(ctx, commands context.Context) {
 	pace := time.NewTicker(50 * time.Millisecond) // a refusal comes at once
 	defer pace.Stop()
 	for n := 0; ctx.Err() == nil; n++ {
 		r := ran{id: fmt.Sprintf("via-%s-%d", l.entry.Name, n)}
 		var out strings.Builder
 		start := time.Now()
-		// ctx is not the command's, which is to have a verdict of its own.
-		r.err = l.host.Exec(context.WithoutCancel(ctx), transport.Command{Args: transport.Shell(`echo $1 >>/root/ran; echo $1`, r.id), Stdout: &out})
+		r.err = l.host.Exec(commands, transport.Command{Args: transport.Shell(`echo $1 >>/root/ran; echo $1`, r.id), Stdout: &out})
 		r.took, r.out = time.Since(start), out.String()
 		l.mu.Lock()
 		l.all = append(l.all, r)
@@ -98,10 +98,11 @@ func TestClusterLosesMembers(t *testing.T) {
 		require.NoError(t, l.host.Exec(soon(t), transport.Command{Args: []string{"rm", "-f", "/root/ran"}}))
 	}
 	ctx, stop := context.WithCancel(context.Background())
+	commands, abandon := context.WithCancel(context.Background())
 	var running sync.WaitGroup
-	t.Cleanup(func() { stop(); running.Wait() })
+	t.Cleanup(func() { stop(); abandon(); running.Wait() })
 	for _, l := range loops {
-		running.Go(func() { l.run(ctx) })
+		running.Go(func() { l.run(ctx, commands) })
 	}
 	alive := members // are meant to be
 	// more waits until each loop has n verdicts more, or as many successes. LXD 5.0 may die by itself when it goes on after a stop.
@@ -183,7 +184,9 @@ func TestClusterLosesMembers(t *testing.T) {
 		phase("all work")
 	}
 	stop()
+	late := time.AfterFunc(2*clusterBound, abandon) // whatever has no verdict by then gets a late one
 	running.Wait()
+	late.Stop()
 
 	for i, there := range members {
 		var out strings.Builder
