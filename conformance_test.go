@@ -11,16 +11,21 @@ import (
 	"github.com/lxdtransport/transport/transporttest"
 )
 
-// conforms runs the suite over LXD transports into one instance.
-func conforms(t *testing.T, server lxd.InstanceServer, instance string, caps ...transporttest.Capability) {
+// conforms runs the suite over LXD transports into one instance, with the options that are made for each.
+func conforms(t *testing.T, server lxd.InstanceServer, instance string, opts func(*testing.T) *transport.LXDOptions, caps ...transporttest.Capability) {
 	t.Helper()
 	transporttest.Run(t, func(t *testing.T) transport.Transport {
-		host, err := transport.NewLXD(server, instance, nil)
+		host, err := transport.NewLXD(server, instance, opts(t))
 		if err != nil {
 			t.Fatal(err)
 		}
 		return host
 	}, append(caps, transporttest.Start, transporttest.Signals, transporttest.TTY, transporttest.Children, transporttest.Strays, transporttest.SameHost)...)
+}
+
+// nothingLeft is for a real server: no case leaves a process in the instance, or an operation.
+func nothingLeft(s lxd.InstanceServer, instance string) func(*testing.T) *transport.LXDOptions {
+	return func(t *testing.T) *transport.LXDOptions { return leaving(t, s, instance) }
 }
 
 func TestConformanceOnTheFake(t *testing.T) {
@@ -38,7 +43,7 @@ func TestConformanceOnTheFake(t *testing.T) {
 			if v.ChildGrace > 0 {
 				caps = append(caps, transporttest.EarlyStatus)
 			}
-			conforms(t, connect(t, s), "c1", caps...)
+			conforms(t, connect(t, s), "c1", func(*testing.T) *transport.LXDOptions { return nil }, caps...)
 		})
 	}
 }
@@ -49,7 +54,7 @@ func TestConformanceOnLXD(t *testing.T) {
 	for _, s := range reallxd.Servers(t) {
 		t.Run(s.Name, func(t *testing.T) {
 			t.Parallel()
-			conforms(t, s, instance, transporttest.Users, transporttest.WholeStderr)
+			conforms(t, s, instance, nothingLeft(s, instance), transporttest.Users, transporttest.WholeStderr)
 		})
 	}
 }
@@ -63,7 +68,7 @@ func TestConformanceOnCluster(t *testing.T) {
 	for _, s := range entry.Servers(t) {
 		t.Run(s.Name, func(t *testing.T) {
 			t.Parallel()
-			conforms(t, s, there.Instance, transporttest.Users)
+			conforms(t, s, there.Instance, nothingLeft(s, there.Instance), transporttest.Users)
 		})
 	}
 }
@@ -74,7 +79,7 @@ func TestConformanceOnIncus(t *testing.T) {
 	for _, s := range servers {
 		t.Run(s.Name, func(t *testing.T) {
 			t.Parallel()
-			conforms(t, s, instance, transporttest.Users, transporttest.EarlyStatus, transporttest.WholeTTY, transporttest.WholeStderr)
+			conforms(t, s, instance, nothingLeft(s, instance), transporttest.Users, transporttest.EarlyStatus, transporttest.WholeTTY, transporttest.WholeStderr)
 		})
 	}
 }

@@ -236,7 +236,7 @@ func (t *LXD) start(caller context.Context, cmd Command, what purpose) (_ *execu
 	if err := e.connect(secrets); err != nil {
 		return nil, err
 	}
-	t.log.Debug("command started", "operation", e.id)
+	t.log.Debug("command started", "operation", e.id, "mark", e.mark)
 	return e, nil
 }
 

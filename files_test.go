@@ -36,7 +36,7 @@ func onFiles(t *testing.T, test func(t *testing.T, host *transport.LXD)) {
 	name := reallxd.Instance(t)
 	t.Run("rest", func(t *testing.T) {
 		t.Parallel()
-		test(t, newLXD(t, offline(t, withoutSFTP(t)), name, nil))
+		test(t, newLXD(t, offline(t, withoutSFTP(t)), name, leaving(t, reallxd.Unix(t), name)))
 	})
 }
 

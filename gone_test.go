@@ -71,10 +71,9 @@ func TestCommandThatClosesItsOutputs(t *testing.T) {
 
 func TestGone(t *testing.T) {
 	t.Parallel()
+	reallxd.Need(t)
 	s := reallxd.Unix(t)
-	instance := reallxd.Create(t, s)
-	reallxd.Start(t, s, instance)
-	host := newLXD(t, s, instance, nil)
+	host := newLXD(t, s, reallxd.Own(t, s), nil)
 	ctx := soon(t)
 	for _, c := range []struct {
 		what, script string

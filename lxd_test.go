@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -23,7 +24,8 @@ import (
 	"github.com/lxdtransport/transport/internal/reallxd"
 )
 
-// onLXD runs a test over every way to the real server, each with a transport of its own.
+// onLXD runs a test over every way to the real server, each with a transport of its own. Of what the test has run there, no process may be left in the
+// instance, and no operation at the server.
 func onLXD(t *testing.T, test func(t *testing.T, host *transport.LXD)) {
 	t.Helper()
 	t.Parallel()
@@ -31,9 +33,57 @@ func onLXD(t *testing.T, test func(t *testing.T, host *transport.LXD)) {
 	for _, s := range reallxd.Servers(t) {
 		t.Run(s.Name, func(t *testing.T) {
 			t.Parallel()
-			test(t, newLXD(t, s, name, nil))
+			test(t, newLXD(t, s, name, leaving(t, reallxd.Unix(t), name)))
 		})
 	}
+}
+
+// leaving returns the options of a transport, to be made next, of which no process is left in the instance and no operation at the server
+// when it has been closed.
+func leaving(t *testing.T, s lxd.InstanceServer, instance string) *transport.LXDOptions {
+	begun := new(commandsBegun)
+	t.Cleanup(func() { assert.NoError(t, begun.left(s, instance)) })
+	return &transport.LXDOptions{Logger: slog.New(begun)}
+}
+
+// commandsBegun listens to a transport's log for the commands that it starts.
+type commandsBegun struct {
+	mu                sync.Mutex
+	operations, marks []string
+}
+
+func (c *commandsBegun) Enabled(context.Context, slog.Level) bool { return true }
+func (c *commandsBegun) WithAttrs([]slog.Attr) slog.Handler       { return c }
+func (c *commandsBegun) WithGroup(string) slog.Handler            { return c }
+
+func (c *commandsBegun) Handle(_ context.Context, r slog.Record) error {
+	if r.Message != "command started" {
+		return nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	r.Attrs(func(a slog.Attr) bool {
+		switch a.Key {
+		case "operation":
+			c.operations = append(c.operations, a.Value.String())
+		case "mark":
+			if mark := a.Value.String(); mark != "" { // else it is one of the transport's own
+				c.marks = append(c.marks, transport.MarkPrefix+mark)
+			}
+		}
+		return true
+	})
+	return nil
+}
+
+// left says what is left of them.
+func (c *commandsBegun) left(s lxd.InstanceServer, instance string) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.marks) == 0 {
+		return nil
+	}
+	return reallxd.LeftOf(s, instance, c.operations, c.marks, patience)
 }
 
 func newLXD(t testing.TB, s lxd.InstanceServer, instance string, opts *transport.LXDOptions) *transport.LXD {

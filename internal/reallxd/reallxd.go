@@ -217,8 +217,27 @@ func Processes(s lxd.InstanceServer, name string) ([]string, error) {
 	a=$(busybox tr '\000\n' '  ' 2>/dev/null <$d/cmdline) && [ -n "$a" ] && echo "$p $a"
 done
 :`
+	lines, err := scanned(s, name, scan)
+	// The scan's substitutions are copies of itself.
+	return slices.DeleteFunc(lines, func(line string) bool {
+		return strings.Contains(line, "busybox sh -c for d in /proc") || strings.HasSuffix(line, " [busybox]")
+	}), err
+}
+
+// Marked lists the processes in a running instance that have one of some variables in their environment: "PID ARGUMENTS" of each.
+func Marked(s lxd.InstanceServer, name string, variables []string) ([]string, error) {
+	const scan = `for f in $(busybox grep -lsE "$0" /proc/[0-9]*/environ); do
+	p=${f%/environ}
+	echo "${p#/proc/} $(busybox tr '\000\n' '  ' 2>/dev/null <$p/cmdline)"
+done
+:`
+	return scanned(s, name, scan, "("+strings.Join(variables, "|")+")=")
+}
+
+// scanned returns the lines, but empty ones, that a script prints in an instance.
+func scanned(s lxd.InstanceServer, name, script string, args ...string) ([]string, error) {
 	resp, _, err := s.RawQuery(http.MethodPost, "/1.0/instances/"+name+"/exec", api.InstanceExecPost{
-		Command: []string{"/bin/busybox", "sh", "-c", scan}, RecordOutput: true, Environment: map[string]string{},
+		Command: append([]string{"/bin/busybox", "sh", "-c", script}, args...), RecordOutput: true, Environment: map[string]string{},
 	}, "")
 	var op api.Operation
 	if err == nil {
@@ -253,14 +272,13 @@ done
 		}
 		s.RawQuery(http.MethodDelete, path, nil, "")
 	}
-	var processes []string
+	var lines []string
 	for line := range strings.Lines(string(said)) {
-		// The scan's substitutions are copies of itself.
-		if line = strings.TrimSpace(line); line != "" && !strings.Contains(line, "busybox sh -c for d in /proc") && !strings.HasSuffix(line, " [busybox]") {
-			processes = append(processes, line)
+		if line = strings.TrimSpace(line); line != "" {
+			lines = append(lines, line)
 		}
 	}
-	return processes, nil
+	return lines, nil
 }
 
 // Operations lists the operations of an instance that have not ended.
@@ -306,6 +324,30 @@ func Left(s lxd.InstanceServer, name string, patience time.Duration) error {
 		}
 		if time.Now().After(end) {
 			return fmt.Errorf("left in %s: operations %q, processes %q", name, operations, processes)
+		}
+	}
+}
+
+// LeftOf waits until none of some operations runs, and no process in an instance has one of some variables, and says what is left otherwise.
+func LeftOf(s lxd.InstanceServer, name string, operations, variables []string, patience time.Duration) error {
+	for end := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) {
+		running, err := Operations(s, name)
+		if err != nil {
+			return err
+		}
+		running = slices.DeleteFunc(running, func(line string) bool {
+			id, _, _ := strings.Cut(line, " ")
+			return !slices.Contains(operations, id)
+		})
+		processes, err := Marked(s, name, variables)
+		if err != nil {
+			return err
+		}
+		if len(running)+len(processes) == 0 {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("left in %s: operations %q, processes %q", name, running, processes)
 		}
 	}
 }
