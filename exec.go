@@ -37,8 +37,9 @@ const (
 	// answerGrace is how long after the end of the command's process, or of the link to it, the request that waits for the operation may go on.
 	answerGrace = time.Second
 
-	// dirPatience bounds the question whether a working directory exists.
+	// dirPatience is how long the sockets wait for the answer whether the working directory exists: LXD waits 5 s for them. dirMost bounds the question.
 	dirPatience = 2 * time.Second
+	dirMost     = 10 * time.Second
 
 	// writeGrace is how long, after everything was cut, a Write of the caller's may go on.
 	writeGrace = time.Second
@@ -215,17 +216,7 @@ func (t *LXD) start(caller context.Context, cmd Command, what purpose) (_ *execu
 		defer release(t.starts)
 	}
 
-	// LXD runs a command whose directory does not exist in "/", without a word. The question goes beside the request.
-	dir := make(chan error, 1)
-	if cmd.Dir != "" && cmd.Dir != "/" {
-		go func() { dir <- t.checkDir(e.ctx, cmd.Dir) }() // waited for below
-	} else {
-		dir <- nil
-	}
-	secrets, err := e.request()
-	if dirErr := <-dir; err == nil {
-		err = dirErr
-	}
+	secrets, err := e.requestIn(cmd.Dir)
 	if e.ctx.Err() != nil {
 		err = context.Cause(e.ctx)
 	}
@@ -238,6 +229,28 @@ func (t *LXD) start(caller context.Context, cmd Command, what purpose) (_ *execu
 	}
 	t.log.Debug("command started", "operation", e.id, "mark", e.mark)
 	return e, nil
+}
+
+// requestIn requests the command if its directory exists: LXD runs it in "/" otherwise, without a word. The question goes beside the request. When its
+// answer comes too late for the sockets, LXD gives that request up, having started nothing, and there is another one.
+func (e *execution) requestIn(dir string) (secrets map[string]string, err error) {
+	if dir == "" || dir == "/" {
+		return e.request()
+	}
+	exists := make(chan error, 1)
+	go func() { exists <- e.t.checkDir(e.ctx, dir) }() // waited for below
+	secrets, err = e.request()
+	late := time.NewTimer(dirPatience)
+	defer late.Stop()
+	select {
+	case dirErr := <-exists:
+		return secrets, cmp.Or(err, dirErr)
+	case <-late.C:
+	}
+	if dirErr := <-exists; err != nil || dirErr != nil {
+		return nil, cmp.Or(err, dirErr)
+	}
+	return e.request()
 }
 
 // checkFits refuses what LXD would not pass on as it is: its JSON carries nothing but UTF-8, and too long an argument fails in the

@@ -674,7 +674,7 @@ func (in *source) stop() {
 // checkDir reports that a working directory does not exist. Where LXD cannot be asked, as one before 4.24 without SFTP, the command runs as LXD
 // has it: in "/".
 func (t *LXD) checkDir(ctx context.Context, dir string) error {
-	ctx, cancel := within(ctx, dirPatience)
+	ctx, cancel := within(ctx, dirMost)
 	defer cancel()
 	s, err := t.session(ctx, false)
 	if err != nil {

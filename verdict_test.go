@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -631,13 +632,32 @@ func TestStatusThatComesLate(t *testing.T) {
 	})
 }
 
-// The question for the working directory is bounded: the sockets have to be connected in time.
+// Where the answer about the working directory comes too late for the sockets, the command is requested again, and runs once.
+func TestDirectoryThatIsAnsweredLate(t *testing.T) {
+	onFakeThatWaits(t, shortWindow, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
+		require.NoError(t, s.WriteFile("c1", "/src/f", nil, 0o644))
+		s.Inject(lxdtest.Fault{Route: lxdtest.RouteSFTP, Do: lxdtest.Delay(shortWindow + 500*time.Millisecond)})
+		err := host.Exec(soon(t), transport.Command{Args: []string{"exit", "0"}, Dir: "/nope"})
+		assert.ErrorIs(t, err, os.ErrNotExist)
+		assert.ErrorIs(t, err, transport.ErrNotStarted)
+		assert.NoError(t, host.Exec(soon(t), transport.Command{Args: []string{"exit", "0"}, Dir: "/src"}))
+		started := 0
+		for _, x := range s.Execs() {
+			if x.Started {
+				started++
+			}
+		}
+		assert.Equal(t, 1, started)
+	})
+}
+
+// The question for the working directory is bounded.
 func TestDirectoryThatCannotBeAskedFor(t *testing.T) {
 	onFake(t, func(t *testing.T, s *lxdtest.Server, host *transport.LXD) {
 		s.Inject(lxdtest.Fault{Route: lxdtest.RouteSFTP, Do: lxdtest.Stall})
 		start := time.Now()
 		err := host.Exec(soon(t), transport.Command{Args: []string{"exit", "0"}, Dir: "/src"})
-		assert.Less(t, time.Since(start), 10*time.Second)
+		assert.Less(t, time.Since(start), patience)
 		assert.NoError(t, err)
 	})
 }
