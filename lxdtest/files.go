@@ -169,7 +169,9 @@ func (s *Server) postFile(w http.ResponseWriter, r *http.Request) {
 				s.fail(w, 400, "Invalid "+strings.ToUpper(header)+": "+err.Error())
 				return
 			}
-			*value = n
+			if err == nil {
+				*value = n
+			}
 		}
 	}
 	if text := r.Header.Get(prefix + "mode"); text != "" {

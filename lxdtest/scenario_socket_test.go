@@ -35,6 +35,14 @@ var socketScenarios = []scenario{
 		s.finish()
 	}, []string{`"return":137`, `"ready\nchild\n"`}},
 
+	{"signal reaches a tree through its leader", func(w *wire) {
+		// The child says when it has lost the trap.
+		s := w.exec(ws(`["setsid","sh","-c","trap 'trap - TERM; kill -TERM -$$' TERM; sh -c 'echo ready; exec sleep 20' & wait"]`)).all()
+		s.expect("1", "ready\n")
+		s.text("control", `{"command":"signal","signal":15}`)
+		s.finish()
+	}, []string{`"return":143`, `"ready\n"`}},
+
 	{"garbage on control", func(w *wire) {
 		s := w.shell("cat").all()
 		for _, m := range []string{"", "{", `{"command":"nonsense"}`, `{"command":"signal","signal":0}`, `{"command":"signal","signal":999}`,
@@ -191,14 +199,26 @@ var socketScenarios = []scenario{
 		w.do("GET", op+"?secret=nonsense", up, "")
 		w.do("GET", op+"?secret="+s.fds["1"], "", "")
 		w.do("GET", op, up, "")
+		w.do("GET", op+"?secret="+s.fds["1"], strings.Replace(up, "13", "12", 1), "")
 		w.do("GET", "/1.0/operations/nonsense/websocket", up, "")
 		w.do("GET", "/1.0/operations/nonsense/websocket?secret=x", up, "")
 		w.do("POST", op+"?secret="+s.fds["1"], "", "")
 		s.text("0", "")
 		s.finish()
 		s.dial("1")
-	}, []string{"500", "permission denied", "400", "Bad Request\n", `"error_code":500`, "missing secret", "400", "missing secret", "404", "Operation not found", "501",
+	}, []string{"500", "permission denied", "400", "Bad Request\n", `"error_code":500`, "missing secret", "400", "Bad Request\n", "400", "missing secret", "404", "Operation not found", "501",
 		"dial 1: 500", "Only running operations can be connected"}},
+
+	{"dials of what has failed", func(w *wire) {
+		s := w.shell("exit 127").all()
+		s.finish()
+		op := "/1.0/operations/" + s.id + "/websocket"
+		up := "Connection: Upgrade\nUpgrade: websocket\nSec-WebSocket-Version: 13\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
+		w.do("GET", op+"?secret="+s.fds["control"], up, "")
+		w.do("GET", op+"?secret=nonsense", up, "")
+		w.do("GET", op, up, "")
+		w.do("GET", op+"?secret="+s.fds["1"], "", "")
+	}, []string{"500", "Only running operations can be connected"}},
 
 	{"a foreign origin", func(w *wire) {
 		s := w.shell("echo hi")

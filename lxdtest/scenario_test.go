@@ -23,6 +23,8 @@ func (c scenario) hurry(v *lxdtest.Version) {
 	switch {
 	case strings.Contains(strings.Join(c.want, ""), "Timed out"):
 		v.ConnectWindow = 2500 * time.Millisecond
+	case c.name == "pings":
+		v.PingInterval = lxdtest.LXD50.PingInterval
 	case c.name == "an operation vanishes":
 		v.OperationLifetime = 1500 * time.Millisecond
 	}
