@@ -5,8 +5,10 @@ import (
 	"fmt"
 	"net/url"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/stretchr/testify/require"
 )
@@ -153,6 +155,40 @@ var fileScenarios = []scenario{
 		w.do("DELETE", base+"by", "", "")
 		w.do("GET", base+"real/file", "", "")
 	}, []string{"200", "200", "content", "symlink", "content"}},
+
+	{"a FIFO", func(w *wire) {
+		own := ownInstance(w, "p", "")
+		fifo := own + "/files?path=/tmp/fifo"
+		run := func(script string) *session {
+			_, b := w.get("POST", own+"/exec", "", ws(`["sh","-c","`+script+`"]`))
+			return w.session(b).all()
+		}
+		run("mkfifo ../tmp/fifo").result()
+		w.do("HEAD", fifo, "", "")
+		answered := make(chan []byte)
+		go func() { answered <- w.do("GET", fifo, "", "") }()
+		// It waits for somebody who writes, and holds nobody else up.
+		w.get("GET", own+"/files?path=/tmp", "", "")
+		select {
+		case <-answered:
+		case <-time.After(time.Second):
+			w.note("no answer yet")
+		}
+		s := run("exec 3<>../tmp/fifo")
+		<-answered
+		s.result()
+	}, []string{`"return":0`, "X-Lxd-Type: file", "no answer yet", "200", "Content-Length: 0", "X-Lxd-Type: file", `"return":0`}},
+
+	{"files that the kernel makes up", func(w *wire) {
+		if runtime.GOOS != "linux" {
+			return // the fake's instance has this machine's root
+		}
+		own := ownInstance(w, "k", "")
+		for _, name := range []string{"/proc/version", "/proc/uptime", "/proc/no-such-file"} {
+			res, b := w.get("GET", own+"/files?path="+name, "", "")
+			w.note("%s: %d, %d of %q bytes", name, res.StatusCode, len(b), res.Header.Get("Content-Length"))
+		}
+	}, []string{`version: 200, 0 of "0" bytes`, `uptime: 200, 0 of "0" bytes`, `404`}},
 
 	{"an upload that breaks off", func(w *wire) {
 		c, err := w.dial(w.t.Context())

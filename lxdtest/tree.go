@@ -234,7 +234,7 @@ func (t *tree) open(name string, flag int, mode fs.FileMode) (*os.File, error) {
 		return nil, t.fault("open", name, err)
 	}
 	_, before := t.root.Lstat(rel)
-	f, err := t.root.OpenFile(rel, flag, mode.Perm()|0o600)
+	f, err := t.root.OpenFile(rel, flag|nonBlock, mode.Perm()|0o600)
 	if err != nil {
 		return nil, t.fault("open", name, err)
 	}

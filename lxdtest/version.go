@@ -25,6 +25,7 @@ type Version struct {
 	StartDelay        time.Duration // from the last needed socket to the start of the command
 	PingInterval      time.Duration // between two pings on one socket; 0: no pings
 	OperationLifetime time.Duration // a finished operation is gone after this
+	StallTimeout      time.Duration // a client over TCP that does not take what a socket sends is cut off after this, on Linux; 0: never
 	ChildGrace        time.Duration // how long a background child may hold the output open; 0: as long as it likes
 
 	// Sockets.
@@ -124,7 +125,8 @@ var (
 	LXD50 = Version{
 		Name: "LXD 5.0.2", Server: "lxd", Release: "5.0.2", Extensions: slices.Clone(baseExtensions),
 		ConnectWindow: 5 * time.Second, StartDelay: 15 * time.Millisecond, PingInterval: 10 * time.Second, OperationLifetime: 5 * time.Second,
-		PingPayload: "keepalive", PingOnUnix: true, MessageMax: 64 << 10, StdinWhole: true, InputHangsUp: true,
+		StallTimeout: 2 * time.Minute,
+		PingPayload:  "keepalive", PingOnUnix: true, MessageMax: 64 << 10, StdinWhole: true, InputHangsUp: true,
 		Wait: WaitPlain, BadSecret: Refusal{500, "permission denied"}, MissingSecret: "missing secret",
 		OldResources: true, ContainersAlias: true, FailedStatus: true, VMLost: -1,
 		HeaderPrefix: "X-LXD-", DirMode: 0o750, StaleLength: true, SFTPPacket: 32 << 10, SFTPBlocksStops: true, SFTPShared: true,
