@@ -131,12 +131,12 @@ var execScenarios = []scenario{
 	}, []string{`"return":-1`, `"err":"Failed to retrieve PID of executing child process"`, `1: END ""`, `2: END ""`}},
 
 	{"an argument that is long, and one that is too long", func(w *wire) {
-		w.exec(ws(`["echo","` + strings.Repeat("x", 100000) + `"]`)).all().frames()
-		s := w.exec(ws(`["echo","` + strings.Repeat("x", 140000) + `"]`)).all()
+		w.exec(ws(`["echo","` + strings.Repeat("x", 131071) + `"]`)).all().frames()
+		s := w.exec(ws(`["echo","` + strings.Repeat("x", 131072) + `"]`)).all()
 		s.frames()
 		status, ret, text := s.state()
 		w.note("%s %v %s", status, ret, text)
-	}, []string{`1: BINARY, TEXT "", END 100001 bytes`, `1: END ""`, "Failure -1 fork/exec /usr/bin/lxd: argument list too long"}},
+	}, []string{`1: BINARY, TEXT "", END 131072 bytes`, `1: END ""`, "Failure -1 fork/exec /usr/bin/lxd: argument list too long"}},
 
 	{"output that nobody takes for a while", func(w *wire) {
 		s := w.shell("head -c 20000000 /dev/zero; echo done >&2")
@@ -152,7 +152,9 @@ var execScenarios = []scenario{
 			"command": []string{"sh", "-c", `echo "$A|$LANG|$USER|${HOME##*/}|$container|${TERM-no TERM}|${PWD##*/}"; test -t 0 || echo no terminal`}})
 		w.exec(string(b)).all().finish()
 		w.shell(`echo "$LANG"`).all().finish()
-	}, []string{`"b c|C|root|root|lxc|no TERM|root\nno terminal\n"`, `"C.UTF-8\n"`}},
+		w.exec(ws(`["sh","-c","echo \"$A\""]`, `,"environment":{"A":"two\nlines"}`)).all().finish()
+		w.exec(ws(`["printf","%s","` + "\xff" + `"]`)).all().finish() // is not UTF-8
+	}, []string{`"b c|C|root|root|lxc|no TERM|root\nno terminal\n"`, `"C.UTF-8\n"`, `"two\nlines\n"`, `"�"`}},
 
 	{"users", func(w *wire) {
 		if os.Geteuid() != 0 {
