@@ -42,7 +42,7 @@ var table = []row{
 	{folder: "internal/sshd"},
 	{folder: "internal/bench", free: true},
 	{folder: "internal/soak", free: true},
-	{folder: "lxdtest", imports: []string{"github.com/gorilla/websocket", "github.com/pkg/sftp"}, tests: append(append(testing_, lxdClient...), module+"/lxdtest")},
+	{folder: "lxdtest", imports: []string{"github.com/gorilla/websocket", "github.com/pkg/sftp"}, tests: append(append(testing_, lxdClient...), module+"/lxdtest", module+"/internal/reallxd")},
 	{folder: "transporttest", imports: []string{module, "github.com/stretchr/testify"}, tests: append(testing_, module+"/local", module+"/transporttest")},
 	{folder: "local", imports: []string{module}, tests: append(testing_, module+"/transporttest", module+"/local")},
 	{folder: "ssh", imports: []string{module, "golang.org/x/crypto", "github.com/pkg/sftp"}, tests: append(testing_, module+"/transporttest", module+"/ssh", module+"/internal/sshd")},

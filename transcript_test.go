@@ -86,7 +86,7 @@ func TestTranscripts(t *testing.T) {
 		real = "lxd-" + info.Environment.ServerVersion
 	}
 	if *update {
-		reallxd.Need(t)
+		require.True(t, reallxd.Available(), `-update records what a running LXD says, and TRANSPORT_LXD_SOCKET names none: scripts/lxd up; eval "$(scripts/lxd env)"`)
 		record(t, filepath.Join(recordings, real), dialogues, onRealServer)
 	}
 	dirs, err := os.ReadDir(recordings)

@@ -22,5 +22,6 @@
 // Clusters, storage, networks, profiles, images beyond their names, owners of the files of a copied instance, snapshots, migration, trust tokens, OIDC.
 // Nothing is confined: a real command sees the whole machine, and what it leaves behind in the background outlives its instance. Terminals are real ones on Linux, and
 // elsewhere pipes without echo. A stopped process (SIGSTOP) and a frozen one go on running when they are
-// handlers. The server never ends a client that does not read for two minutes, as TCP_USER_TIMEOUT lets real ones do.
+// handlers; a real command is stopped with its instance, but not what it has started. A client that does not
+// read for two minutes is cut off on Linux only.
 package lxdtest

@@ -420,12 +420,19 @@ func (x *execution) newProcess(files [3]*os.File) *Process {
 		delete(p.Env, "container")
 	}
 	p.User, p.Group, p.TTY, p.Root = x.req.User, x.req.Group, x.req.Interactive, x.instance.tree.dir
-	if x.req.User == 1<<32-1 {
-		p.User = 0 // (uid_t)-1: the kernel leaves the user as it is
+	// (uid_t)-1: the kernel leaves the user as it is.
+	if p.User == 1<<32-1 {
+		p.User = 0
+	}
+	if p.Group == 1<<32-1 {
+		p.Group = 0
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	x.process, x.started = p, true
+	if x.instance.currentStatus() == Frozen {
+		p.freeze()
+	}
 	if x.isGone {
 		p.deliver(9)
 	}
@@ -710,6 +717,13 @@ func (x *execution) cancel(style DeleteStyle) {
 	}
 }
 
+// running is the process, or nil before its start.
+func (x *execution) running() *Process {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return x.process
+}
+
 // stopped is the end of the instance.
 func (x *execution) stopped() {
 	x.mu.Lock()
@@ -717,8 +731,7 @@ func (x *execution) stopped() {
 	x.lost = x.instance.Type == VM && p != nil && !x.over
 	x.mu.Unlock()
 	if p != nil {
-		p.deliver(9)
-		p.vanish()
+		p.perish()
 	}
 }
 
@@ -742,12 +755,8 @@ func (x *execution) orphan() {
 // abandon ends the command with the server.
 func (x *execution) abandon() {
 	x.orphan()
-	x.mu.Lock()
-	p := x.process
-	x.mu.Unlock()
-	if p != nil {
-		p.deliver(9)
-		p.vanish()
+	if p := x.running(); p != nil {
+		p.perish()
 	}
 }
 

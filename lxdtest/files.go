@@ -10,6 +10,7 @@ import (
 	"path"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // sftpText words an error as the daemon does, which is itself a client of an SFTP server.
@@ -62,11 +63,6 @@ func (s *Server) getFile(w http.ResponseWriter, r *http.Request) {
 		kind = "directory"
 	case info.mode&fs.ModeSymlink != 0:
 		kind = "symlink"
-	case info.mode&fs.ModeNamedPipe != 0:
-		// The real one opens it and waits for somebody to write, for ever.
-		Stall(&w.(*answer).gate.point)
-		w.(*answer).cut = true
-		return
 	}
 	prefix := s.Version.HeaderPrefix
 	mode := info.mode.Perm()
@@ -123,8 +119,44 @@ func (s *Server) getFile(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 		defer f.Close()
-		s.serveFile(a, r, name, info, f, info.Size())
+		if info.mode&fs.ModeNamedPipe != 0 && !s.awaitWriter(r, name, f) {
+			a.cut = true
+			return
+		}
+		// The length is that of stat, which is 0 for a FIFO and for what the kernel makes up.
+		s.serveFile(a, r, name, info, io.NewSectionReader(f, 0, info.Size()), info.Size())
 	}
+}
+
+// awaitWriter waits until somebody has written to a FIFO, or has opened and closed it, as the real server waits when it opens it. It reports
+// whether that was before the client had gone.
+func (s *Server) awaitWriter(r *http.Request, name string, f *os.File) bool {
+	over := make(chan struct{})
+	defer close(over)
+	s.spawn("watcher of the FIFO "+name, func() {
+		select {
+		case <-r.Context().Done():
+		case <-s.closing:
+		case <-over:
+		}
+		_ = f.SetReadDeadline(time.Unix(1, 0))
+	})
+	c, err := f.SyscallConn()
+	if err == nil {
+		asked := false
+		err = c.Read(func(uintptr) bool {
+			again := asked
+			asked = true
+			return again
+		})
+	}
+	if errors.Is(err, os.ErrNoDeadline) { // a system that cannot wait for FIFOs
+		select {
+		case <-r.Context().Done():
+		case <-s.closing:
+		}
+	}
+	return err == nil
 }
 
 func (s *Server) serveFile(a *answer, r *http.Request, name string, info *fileInfo, f io.ReadSeeker, size int64) {
@@ -169,7 +201,9 @@ func (s *Server) postFile(w http.ResponseWriter, r *http.Request) {
 				s.fail(w, 400, "Invalid "+strings.ToUpper(header)+": "+err.Error())
 				return
 			}
-			*value = n
+			if err == nil {
+				*value = n
+			}
 		}
 	}
 	if text := r.Header.Get(prefix + "mode"); text != "" {

@@ -122,6 +122,10 @@ func (s *Server) entry(route Route, m methods) http.Handler {
 			s.fail(a, 404, s.Version.Texts.NotFound)
 			return
 		}
+		if r.Method != "GET" && route != RouteOperation && s.isEnding() {
+			s.fail(a, 503, "LXD is shutting down")
+			return
+		}
 		// The sockets of an operation are guarded by their secrets, and /1.0 tells
 		// strangers that they are.
 		if _, trusted := s.identity(r); !trusted && route != RouteWebsocket && r.URL.Path != "/1.0" && r.URL.Path != "/" {

@@ -79,7 +79,7 @@ type instance struct {
 	mu     sync.Mutex // guards Status, Config, image and used
 	image  string
 	used   time.Time
-	stops  chan struct{} // closed and replaced at each forced stop
+	stops  chan struct{} // closed and replaced whenever open SFTP sessions are ended
 	sftp   int           // open sessions
 	halted *sync.Cond    // sftp has become 0
 }
@@ -163,14 +163,21 @@ func (i *instance) set(status Status) {
 	i.mu.Lock()
 	i.Status = status
 	i.mu.Unlock()
-	if status == Stopped {
-		i.s.mu.Lock()
-		execs := slices.Clone(i.s.execs)
-		i.s.mu.Unlock()
-		for _, x := range execs {
-			if x.instance == i {
-				x.stopped()
-			}
+	i.s.mu.Lock()
+	execs := slices.Clone(i.s.execs)
+	i.s.mu.Unlock()
+	for _, x := range execs {
+		if x.instance != i {
+			continue
+		}
+		switch p := x.running(); {
+		case status == Stopped:
+			x.stopped()
+		case p == nil:
+		case status == Frozen:
+			p.freeze()
+		case status == Running:
+			p.thaw()
 		}
 	}
 }
@@ -695,8 +702,7 @@ func (i *instance) stop(force bool) error {
 	}
 	i.mu.Lock()
 	if force && !i.s.Version.SFTPBlocksStops {
-		close(i.stops)
-		i.stops = make(chan struct{})
+		i.endSessions()
 	}
 	for i.sftp > 0 && !i.s.isClosed() {
 		i.halted.Wait()
@@ -704,6 +710,12 @@ func (i *instance) stop(force bool) error {
 	i.mu.Unlock()
 	i.set(Stopped)
 	return nil
+}
+
+// endSessions ends the SFTP sessions. mu is held.
+func (i *instance) endSessions() {
+	close(i.stops)
+	i.stops = make(chan struct{})
 }
 
 func (s *Server) deleteInstance(w http.ResponseWriter, r *http.Request) {

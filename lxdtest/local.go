@@ -1,6 +1,7 @@
 package lxdtest
 
 import (
+	"cmp"
 	"errors"
 	"io/fs"
 	"os"
@@ -14,9 +15,8 @@ import (
 // LocalCommands is a [Handler] that runs real commands of this machine. dir is the directory that
 // stands for the instance's root, "" the instance's own [Instance.Root].
 //
-//   - The working directory is dir joined with the one that was asked for. Without one it is
-//     dir/root for root, where that exists, else dir, as it is if there is none. What was uploaded to /src/a is
-//     seen as a by a command that runs in /src.
+//   - The working directory is dir joined with the one that was asked for, or else with HOME, which is /root for root and not
+//     set for others. Where that does not exist it is dir. What was uploaded to /src/a is seen as a by a command that runs in /src.
 //   - An absolute path in argv[0] is looked up below dir first, then on this machine.
 //   - HOME is dir/root; PATH is this machine's unless the client has set one.
 //   - User and group are obeyed where the test runs as root.
@@ -71,16 +71,10 @@ func localCommand(p *Process, root string) (*exec.Cmd, int) {
 	if !isDir(home) {
 		home = root
 	}
-	dir := home
-	if p.Env["HOME"] == "" { // another user's: LXD does not know it
-		dir = root
-	}
-	if p.Dir != "" {
-		if d := below(root, p.Dir); isDir(d) {
-			dir = d
-		} else {
-			dir = root
-		}
+	dir := root
+	// HOME is not set for other users: LXD does not know it.
+	if wanted := cmp.Or(p.Dir, p.Env["HOME"]); wanted != "" && isDir(below(root, wanted)) {
+		dir = below(root, wanted)
 	}
 	env := []string{}
 	path := os.Getenv("PATH")

@@ -363,6 +363,18 @@ func (s *Server) getWait(w http.ResponseWriter, r *http.Request) {
 		defer cancel()
 		ctx = c
 	}
+	s.mu.Lock()
+	s.waits++
+	s.mu.Unlock()
+	defer func() {
+		if a := w.(*answer); a.wrote {
+			a.flush()
+		}
+		s.mu.Lock()
+		s.waits--
+		s.mu.Unlock()
+		s.answered.Broadcast()
+	}()
 	timedOut := false
 	select {
 	case <-op.done:

@@ -8,6 +8,9 @@ import (
 	"syscall"
 )
 
+// nonBlock keeps an open from waiting for the other end of a FIFO.
+const nonBlock = syscall.O_NONBLOCK
+
 // ownerOf is the owner as the instance sees it: who runs the test is root inside.
 func ownerOf(info fs.FileInfo) (uid, gid int) {
 	st, ok := info.Sys().(*syscall.Stat_t)

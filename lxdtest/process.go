@@ -56,6 +56,8 @@ type Process struct {
 	kill     func(signal int) // of a real process that was started
 	pending  []int            // signals for a real process that was not
 	resize   func(Size)       // of a terminal
+	frozen   bool             // with its instance
+	held     []int            // signals that came meanwhile
 	signals  []int
 	sizes    []Size
 }
@@ -191,6 +193,11 @@ func (p *Process) deliver(n int) {
 		p.mu.Unlock()
 		return
 	}
+	if p.frozen {
+		p.held = append(p.held, n)
+		p.mu.Unlock()
+		return
+	}
 	p.signals = append(p.signals, n)
 	if p.external {
 		kill := p.kill
@@ -221,6 +228,45 @@ func (p *Process) deliver(n int) {
 	}
 }
 
+// freeze holds signals back until thaw. A real process stops; a handler goes on.
+func (p *Process) freeze() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.frozen || p.ended {
+		return
+	}
+	p.frozen = true
+	if p.kill != nil {
+		p.kill(19)
+	}
+}
+
+// thaw ends what freeze began, and delivers the signals that have come meanwhile.
+func (p *Process) thaw() {
+	for _, n := range p.melt() {
+		p.deliver(n)
+	}
+}
+
+// perish is the end of a process with its instance or its server, frozen or not, and of what it has left behind.
+func (p *Process) perish() {
+	p.melt()
+	p.deliver(9)
+	p.vanish()
+}
+
+// melt is thaw without the signals, which it returns.
+func (p *Process) melt() []int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	held := p.held
+	if p.frozen && p.kill != nil && !p.ended {
+		p.kill(18)
+	}
+	p.frozen, p.held = false, nil
+	return held
+}
+
 // takeOver says that a real process stands behind this one from now on, unless it is dead already.
 func (p *Process) takeOver() bool {
 	p.mu.Lock()
@@ -233,6 +279,9 @@ func (p *Process) takeOver() bool {
 func (p *Process) started(kill func(signal int)) {
 	p.mu.Lock()
 	p.kill = kill
+	if p.frozen {
+		kill(19)
+	}
 	pending := p.pending
 	p.pending = nil
 	p.mu.Unlock()

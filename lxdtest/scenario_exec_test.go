@@ -3,9 +3,11 @@ package lxdtest_test
 import (
 	"encoding/json"
 	"os"
+	"runtime"
 	"strings"
 
 	"github.com/gorilla/websocket"
+	"github.com/stretchr/testify/require"
 )
 
 // execScenarios are about a command: its streams, how it ends, and what it finds around it.
@@ -129,12 +131,12 @@ var execScenarios = []scenario{
 	}, []string{`"return":-1`, `"err":"Failed to retrieve PID of executing child process"`, `1: END ""`, `2: END ""`}},
 
 	{"an argument that is long, and one that is too long", func(w *wire) {
-		w.exec(ws(`["echo","` + strings.Repeat("x", 100000) + `"]`)).all().frames()
-		s := w.exec(ws(`["echo","` + strings.Repeat("x", 140000) + `"]`)).all()
+		w.exec(ws(`["echo","` + strings.Repeat("x", 131071) + `"]`)).all().frames()
+		s := w.exec(ws(`["echo","` + strings.Repeat("x", 131072) + `"]`)).all()
 		s.frames()
 		status, ret, text := s.state()
 		w.note("%s %v %s", status, ret, text)
-	}, []string{`1: BINARY, TEXT "", END 100001 bytes`, `1: END ""`, "Failure -1 fork/exec /usr/bin/lxd: argument list too long"}},
+	}, []string{`1: BINARY, TEXT "", END 131072 bytes`, `1: END ""`, "Failure -1 fork/exec /usr/bin/lxd: argument list too long"}},
 
 	{"output that nobody takes for a while", func(w *wire) {
 		s := w.shell("head -c 20000000 /dev/zero; echo done >&2")
@@ -150,23 +152,89 @@ var execScenarios = []scenario{
 			"command": []string{"sh", "-c", `echo "$A|$LANG|$USER|${HOME##*/}|$container|${TERM-no TERM}|${PWD##*/}"; test -t 0 || echo no terminal`}})
 		w.exec(string(b)).all().finish()
 		w.shell(`echo "$LANG"`).all().finish()
-	}, []string{`"b c|C|root|root|lxc|no TERM|root\nno terminal\n"`, `"C.UTF-8\n"`}},
+		w.exec(ws(`["sh","-c","echo \"$A\""]`, `,"environment":{"A":"two\nlines"}`)).all().finish()
+		w.exec(ws(`["printf","%s","` + "\xff" + `"]`)).all().finish() // is not UTF-8
+	}, []string{`"b c|C|root|root|lxc|no TERM|root\nno terminal\n"`, `"C.UTF-8\n"`, `"two\nlines\n"`, `"�"`}},
 
 	{"users", func(w *wire) {
 		if os.Geteuid() != 0 {
 			return // the fake's commands are run by nobody else
 		}
-		id := `["sh","-c","id -u; id -g; id -G; echo ${HOME-no HOME} ${USER-no USER}"]`
+		id := `["sh","-c","id -u; id -g; id -G; echo ${HOME+HOME} ${USER-no USER}"]`
 		w.exec(ws(id, `,"user":4242`)).all().finish()
 		w.exec(ws(id, `,"user":4242,"group":4343`)).all().finish()
-		w.exec(ws(`["id","-u"]`, `,"user":4294967295`)).all().finish()
+		w.exec(ws(id, `,"group":7`)).all().finish()
+		w.exec(ws(`["sh","-c","id -u; id -g"]`, `,"user":4294967295,"group":4294967295`)).all().finish()
 		w.exec(ws(`["id","-u"]`, `,"user":4294967294`)).all().finish()
+		w.exec(ws(`["id","-u"]`, `,"group":4294967294`)).all().finish()
 	}, nil},
 
 	{"working directories", func(w *wire) {
 		w.get("POST", "/1.0/instances/INSTANCE/files?path=/tmp/nodir", octets, "")
-		for _, dir := range []string{"/tmp", "tmp", "/tmp/../etc", "/no/such/directory", "/tmp/nodir"} {
+		for _, dir := range []string{"/tmp", "tmp", "/tmp/../etc", "root/../tmp", "/", "/no/such/directory", "/tmp/nodir"} {
 			w.exec(ws(`["sh","-c","test -d etc && test -d root && echo root || echo ${PWD##*/}"]`, `,"cwd":"`+dir+`"`)).all().finish()
 		}
-	}, []string{`"tmp\n"`, `"tmp\n"`, `"etc\n"`, `"root\n"`, `"root\n"`}},
+	}, []string{`"tmp\n"`, `"tmp\n"`, `"etc\n"`, `"tmp\n"`, `"root\n"`, `"root\n"`, `"root\n"`}},
+
+	{"HOME as the working directory", func(w *wire) {
+		where := `["sh","-c","test -d etc && test -d root && echo root || echo ${PWD##*/}"]`
+		for _, more := range []string{`{"HOME":"/tmp"}`, `{"HOME":"tmp"}`, `{"HOME":"/no/such/directory"}`, `{"HOME":""}`, `{"HOME":"/tmp"},"cwd":"/etc"`} {
+			w.exec(ws(where, `,"environment":`+more)).all().finish()
+		}
+		if os.Geteuid() == 0 {
+			w.exec(ws(where, `,"user":4242`)).all().finish()
+		}
+	}, []string{`"tmp\n"`, `"tmp\n"`, `"root\n"`, `"root\n"`, `"etc\n"`}},
+
+	{"an environment that is too long", func(w *wire) {
+		s := w.exec(ws(`["true"]`, `,"environment":{"A":"`+strings.Repeat("x", 140000)+`"}`)).all()
+		s.frames()
+		status, ret, text := s.state()
+		w.note("%s %v %s", status, ret, text)
+	}, []string{`1: END ""`, "Failure -1 fork/exec /usr/bin/lxd: argument list too long"}},
+
+	{"ends by signals, and large statuses", func(w *wire) {
+		for _, script := range []string{"kill -HUP $$", "kill -PIPE $$", "kill -ABRT $$", "kill -KILL $$", "exit 255", "exit 137"} {
+			w.shell(script).all().finish()
+		}
+	}, []string{`"return":129`, `"return":141`, `"return":134`, `"return":137`, `"return":255`, `"return":137`}},
+
+	{"stdin: one frame of 64 MiB", func(w *wire) {
+		s := w.shell("wc -c").all()
+		// Made by hand: the client's package would cut the message into many. It is masked with zeros.
+		frame := append([]byte{0x82, 0xff, 0, 0, 0, 0, 4, 0, 0, 0}, make([]byte, 4+64<<20)...)
+		_, err := s.sockets["0"].conn.NetConn().Write(frame)
+		require.NoError(w.t, err)
+		s.text("0", "")
+		s.finish()
+	}, []string{`"return":0`, `"67108864\n"`}},
+
+	{"stdin: a message in fragments, with a ping and an empty one between them", func(w *wire) {
+		s := w.shell("cat").all()
+		_, err := s.sockets["0"].conn.NetConn().Write([]byte{
+			0x02, 0x83, 0, 0, 0, 0, 'o', 'n', 'e', 0x89, 0x80, 0, 0, 0, 0, 0x00, 0x80, 0, 0, 0, 0, 0x80, 0x83, 0, 0, 0, 0, 't', 'w', 'o',
+		})
+		require.NoError(w.t, err)
+		s.expect("1", "onetwo")
+		s.text("0", "")
+		s.finish()
+	}, []string{`"return":0`, `"onetwo"`}},
+
+	{"the mask of new files", func(w *wire) {
+		w.shell("umask").all().finish()
+	}, []string{`"0022\n"`}},
+
+	{"sessions and groups of processes", func(w *wire) {
+		if runtime.GOOS != "linux" {
+			return // for the fake's commands
+		}
+		stat := `read pid name state parent group session tty rest </proc/self/stat
+			test $pid = $$ || echo somebody else; test $group = $pid && echo own group; test $session = $pid && echo own session; test $tty = 0 || echo terminal; echo done`
+		w.shell(stat).all().finish()
+		s := w.terminal(stat + linger)
+		s.open("0", "control")
+		s.mark("0")
+		s.text("0", "")
+		s.finish()
+	}, []string{`"return":0`, `"done\n"`, `"return":0`, `"own group\r\nown session\r\nterminal\r\ndone\r\n"`}},
 }

@@ -1,9 +1,14 @@
 package lxdtest_test
 
 import (
+	"encoding/json"
 	"fmt"
+	"net/url"
 	"os"
+	"runtime"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/stretchr/testify/require"
 )
@@ -101,6 +106,89 @@ var fileScenarios = []scenario{
 		w.do("POST", "/1.0/instances/INSTANCE/files?path=/tmp/foreign", octets+"X-LXD-uid: 4294967294", "content")
 		w.do("GET", "/1.0/instances/INSTANCE/files?path=/tmp/foreign", "", "")
 	}, nil},
+
+	{"owners that are no numbers of users", func(w *wire) {
+		for n, uid := range []string{"-1", "99999999999999999999", "1e3", "0x10", "+5"} {
+			file := fmt.Sprintf("/1.0/instances/INSTANCE/files?path=/tmp/owner%d", n)
+			w.do("POST", file, octets+"X-LXD-uid: "+uid, "content")
+			w.do("GET", file, "", "")
+		}
+	}, []string{"200", "200"}},
+
+	{"names with signs in them", func(w *wire) {
+		for _, name := range []string{"a b", "a+b%20c", "ü", `q"uote`, "semi;colon", "new\nline", "tab\t", "[x]", "ends."} {
+			file := "/1.0/instances/INSTANCE/files?path=" + url.QueryEscape("/tmp/"+name)
+			w.do("POST", file, octets, "x")
+			w.do("GET", file, "", "")
+			w.do("DELETE", file, "", "")
+		}
+	}, []string{"filename=a b", "200"}},
+
+	{"a directory of many", func(w *wire) {
+		many := "/1.0/instances/INSTANCE/files?path=/tmp/many"
+		w.get("POST", many, "X-LXD-type: directory", "")
+		for _, name := range []string{"b", "a", ".hidden", "c d"} {
+			w.get("POST", many+url.QueryEscape("/"+name), octets, "x")
+		}
+		w.get("POST", many+"/dir", "X-LXD-type: directory", "")
+		w.get("POST", many+"/link", "X-LXD-type: symlink\n"+octets, "nowhere")
+		_, b := w.get("GET", many, "", "")
+		var a struct{ Metadata []string }
+		require.NoError(w.t, json.Unmarshal(b, &a))
+		slices.Sort(a.Metadata) // they are in no certain order
+		w.note("%q", a.Metadata)
+		w.do("DELETE", many, "", "")
+	}, []string{`[".hidden" "a" "b" "c d" "dir" "link"]`, "500"}},
+
+	{"links on the way", func(w *wire) {
+		base, link := "/1.0/instances/INSTANCE/files?path=/tmp/", "X-LXD-type: symlink\n"+octets
+		w.get("POST", base+"real", "X-LXD-type: directory", "")
+		w.do("POST", base+"by", link, "real")
+		w.do("POST", base+"by/file", octets, "content")
+		w.do("GET", base+"real/file", "", "")
+		w.do("GET", base+"by", "", "")
+		w.do("POST", base+"loop", link, "loop")
+		w.do("GET", base+"loop", "", "")
+		w.do("GET", base+"loop/file", "", "")
+		w.do("POST", base+"loop", octets, "x")
+		w.do("DELETE", base+"loop", "", "")
+		w.do("DELETE", base+"by", "", "")
+		w.do("GET", base+"real/file", "", "")
+	}, []string{"200", "200", "content", "symlink", "content"}},
+
+	{"a FIFO", func(w *wire) {
+		own := ownInstance(w, "p", "")
+		fifo := own + "/files?path=/tmp/fifo"
+		run := func(script string) *session {
+			_, b := w.get("POST", own+"/exec", "", ws(`["sh","-c","`+script+`"]`))
+			return w.session(b).all()
+		}
+		run("mkfifo ../tmp/fifo").result()
+		w.do("HEAD", fifo, "", "")
+		answered := make(chan []byte)
+		go func() { answered <- w.do("GET", fifo, "", "") }()
+		// It waits for somebody who writes, and holds nobody else up.
+		w.get("GET", own+"/files?path=/tmp", "", "")
+		select {
+		case <-answered:
+		case <-time.After(time.Second):
+			w.note("no answer yet")
+		}
+		s := run("exec 3<>../tmp/fifo")
+		<-answered
+		s.result()
+	}, []string{`"return":0`, "X-Lxd-Type: file", "no answer yet", "200", "Content-Length: 0", "X-Lxd-Type: file", `"return":0`}},
+
+	{"files that the kernel makes up", func(w *wire) {
+		if runtime.GOOS != "linux" {
+			return // the fake's instance has this machine's root
+		}
+		own := ownInstance(w, "k", "")
+		for _, name := range []string{"/proc/version", "/proc/uptime", "/proc/no-such-file"} {
+			res, b := w.get("GET", own+"/files?path="+name, "", "")
+			w.note("%s: %d, %d of %q bytes", name, res.StatusCode, len(b), res.Header.Get("Content-Length"))
+		}
+	}, []string{`version: 200, 0 of "0" bytes`, `uptime: 200, 0 of "0" bytes`, `404`}},
 
 	{"an upload that breaks off", func(w *wire) {
 		c, err := w.dial(w.t.Context())

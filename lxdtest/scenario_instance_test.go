@@ -122,9 +122,38 @@ var instanceScenarios = []scenario{
 		w.settle("PUT", own+"/state", `{"action":"freeze"}`)
 		w.do("GET", own+"/files?path=/no/such/file", "", "")
 		s.text("control", `{"command":"signal","signal":15}`)
+		s.result("?timeout=1")
 		w.settle("PUT", own+"/state", `{"action":"unfreeze"}`)
 		s.finish()
-	}, []string{"404", `"return":143`, `1: BINARY, TEXT "", END "1 of the request 3\n"`}},
+	}, []string{"404", `"status":"Running"`, `"return":143`, `1: BINARY, TEXT "", END "1 of the request 3\n"`}},
+
+	{"an exec in an instance that is restarted meanwhile", func(w *wire) {
+		own := ownInstance(w, "r", "")
+		_, b := w.get("POST", own+"/exec", "", ws(`["sh","-c","echo ready; exec sleep 20"]`))
+		s := w.session(b).all()
+		s.expect("1", "ready\n")
+		w.settle("PUT", own+"/state", `{"action":"restart","force":true}`)
+		s.finish()
+	}, []string{`"return":137`, `1: BINARY, TEXT "", END "ready\n"`}},
+
+	{"files of instances that do not run", func(w *wire) {
+		own := ownInstance(w, "o", "")
+		for _, action := range []string{"freeze", "unfreeze", "stop"} {
+			w.settle("PUT", own+"/state", `{"action":"`+action+`","force":true}`)
+			if action == "unfreeze" {
+				continue
+			}
+			file := own + "/files?path=/tmp/" + action
+			w.do("POST", file, octets+"X-LXD-mode: 0640\nX-LXD-uid: 5", action)
+			w.do("GET", file, "", "")
+			w.do("POST", own+"/files?path=/tmp/dir-"+action, "X-LXD-type: directory", "")
+			w.do("POST", own+"/files?path=/tmp/out-"+action, "X-LXD-type: symlink\n"+octets, "../../../../../../../../../../tmp")
+			w.do("GET", own+"/files?path=/tmp/out-"+action+"/"+action, "", "")
+			w.do("DELETE", file, "", "")
+			w.do("GET", file, "", "")
+		}
+		w.settle("PUT", own+"/state", `{"action":"start"}`)
+	}, []string{"X-Lxd-Mode: 0640", "freeze", "200", "freeze", "200", "404", "X-Lxd-Mode: 0640", "stop", "200", "stop", "200", "404"}},
 
 	{"an open SFTP session keeps an instance from being stopped", func(w *wire) {
 		own := ownInstance(w, "s", "")

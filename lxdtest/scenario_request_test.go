@@ -92,6 +92,15 @@ var requestScenarios = []scenario{
 		}
 	}, []string{"202", `"return":0`}},
 
+	{"a terminal without sockets, and one whose output is to be recorded", func(w *wire) {
+		w.session(w.do("POST", "/1.0/instances/INSTANCE/exec", "", `{"command":["sh","-c","exit 3"],"interactive":true}`)).result()
+		s := w.session(w.do("POST", "/1.0/instances/INSTANCE/exec", "", ws(`["sh","-c","echo hi`+linger+`"]`, `,"interactive":true,"record-output":true`)))
+		s.open("0", "control")
+		s.mark("0")
+		s.text("0", "")
+		s.finish()
+	}, []string{"202", `"return":3`, "202", `"return":0`, `"hi\r\n"`}},
+
 	{"addresses of old", func(w *wire) {
 		w.exec(ws(`["true"]`)).all().finish()
 		res, _ := w.get("GET", "/1.0/containers/INSTANCE", "", "")
@@ -107,9 +116,12 @@ var requestScenarios = []scenario{
 			k.until(w.t, "second ping", func() bool { return len(k.pings) > 1 })
 			w.note("%s: pings %q", n, k.pings[:2])
 		}
+		first := s.sockets["1"]
+		apart := first.at[1].Sub(first.at[0])
+		w.note("ten seconds apart: %v", 9*time.Second < apart && apart < 15*time.Second)
 		s.text("0", "")
 		s.finish()
-	}, []string{`0: pings ["keepalive" "keepalive"]`, `1: pings ["keepalive" "keepalive"]`, `2: pings ["keepalive" "keepalive"]`, `control: pings ["keepalive" "keepalive"]`}},
+	}, []string{`0: pings ["keepalive" "keepalive"]`, `1: pings ["keepalive" "keepalive"]`, `2: pings ["keepalive" "keepalive"]`, `control: pings ["keepalive" "keepalive"]`, "apart: true"}},
 
 	{"a client's ping", func(w *wire) {
 		s := w.shell("cat").all()
@@ -124,6 +136,12 @@ var requestScenarios = []scenario{
 				w.note("%s: no pong", n)
 			}
 		}
+		if w.socket != "" { // over TCP what is not read resets the connection
+			got := make(chan string, 1)
+			s.sockets["2"].conn.SetPongHandler(func(p string) error { got <- p; return nil })
+			_ = s.sockets["2"].conn.WriteControl(websocket.PingMessage, []byte("are you there"), time.Now().Add(patience))
+			defer func() { w.note("2: %d pongs", len(got)) }() // when the connection has ended
+		}
 		s.text("0", "")
 		s.finish()
 	}, []string{`0: pong "are you there"`, `1: pong "are you there"`, `control: pong "are you there"`}},
@@ -134,6 +152,13 @@ var requestScenarios = []scenario{
 		s.result()
 		stop(s.id, 5)
 	}, []string{`"action":"instance-exec"`, `"status":"Failure"`, `"return":127`, `"status":"Pending"`, `"status":"Running"`, `"status":"Running"`}},
+
+	{"events of a success", func(w *wire) {
+		stop := w.listen("operation,lifecycle", "echo a success")
+		s := w.shell("echo a success").all()
+		s.result()
+		stop(s.id, 5)
+	}, []string{`"action":"instance-exec"`, `"status":"Pending"`, `"status":"Running"`, `"return":0`, `"status":"Success"`}},
 
 	{"events that do not exist", func(w *wire) {
 		w.do("GET", "/1.0/events?type=nonsense", "", "")

@@ -1,8 +1,10 @@
 package lxdtest_test
 
 import (
+	"os"
 	"strings"
-	"time"
+
+	"github.com/stretchr/testify/require"
 )
 
 // sftpScenarios are about files over SFTP.
@@ -96,19 +98,85 @@ var sftpScenarios = []scenario{
 		x.ask(15, "/tmp/nd")
 	}, nil},
 
-	{"SFTP: a packet that makes no sense", func(w *wire) {
+	{"SFTP: renaming, appending, space and what it does not know", func(w *wire) {
 		x := w.sftp()
 		x.send(1, uint32(3))
 		x.receive()
-		x.ask(99)
-		// It takes the process with it that the real server's file requests share.
-		for well := 0; well < 5; {
-			if res, _ := w.get("GET", "/1.0/instances/INSTANCE/files?path=/etc", "", ""); res.StatusCode == 200 {
-				well++
-			} else {
-				well = 0
-			}
-			time.Sleep(20 * time.Millisecond)
+		const r, wr, appending, creat = uint32(1), uint32(2), uint32(4), uint32(8)
+		put := func(name, content string) {
+			h := handle(x.ask(3, name, wr|creat, uint32(0)))
+			x.ask(6, h, uint64(0), content)
+			x.ask(4, h)
 		}
-	}, []string{`sftp 99: ""`}},
+		get := func(name string) {
+			h := handle(x.ask(3, name, r, uint32(0)))
+			x.ask(5, h, uint64(0), uint32(100))
+			x.ask(4, h)
+		}
+		put("/tmp/r1", "one")
+		put("/tmp/r2", "two")
+		x.ask(18, "/tmp/r1", "/tmp/r2") // over the other
+		get("/tmp/r2")
+		h := handle(x.ask(3, "/tmp/r2", wr|appending, uint32(0)))
+		x.ask(6, h, uint64(0), "AP")
+		x.ask(4, h)
+		get("/tmp/r2")
+		x.ask(18, "/tmp/r2", "/tmp") // over a directory
+		x.ask(200, "posix-rename@openssh.com", "/tmp/r2", "/tmp")
+		b := x.reply(200, "statvfs@openssh.com", "/tmp")
+		w.note("%d, %d bytes", b[0], len(b))
+		for _, name := range []string{"limits@openssh.com", "lsetstat@openssh.com", "copy-data", "expand-path@openssh.com"} {
+			x.ask(200, name, "/tmp")
+		}
+		if os.Geteuid() == 0 { // what the fake cannot do is noted beside the file
+			x.ask(9, "/tmp/r2", uint32(2), uint32(1<<32-2), uint32(5))
+			x.ask(9, "/tmp/r2", uint32(2), uint32(5), uint32(1<<32-2))
+			x.ask(17, "/tmp/r2")
+		}
+		x.ask(13, "/tmp/r2")
+	}, []string{"one", "APe", "201, 93 bytes"}},
+
+	{"SFTP: requests without waiting for answers", func(w *wire) {
+		x := w.sftp()
+		x.send(1, uint32(3))
+		x.receive()
+		h := handle(x.ask(3, "/tmp/window", uint32(1|2|8), uint32(0)))
+		const chunks = 40
+		for n := range chunks {
+			x.send(6, uint32(1000+n), h, uint64(n*1000), strings.Repeat(string(rune('a'+n%26)), 1000))
+		}
+		answers := map[byte]int{}
+		for range chunks {
+			answers[x.receive()[0]]++
+		}
+		w.note("%v", answers)
+		for n := range chunks {
+			x.send(5, uint32(2000+n), h, uint64(n*1000), uint32(1000))
+		}
+		ids := map[string]bool{}
+		for range chunks {
+			b := x.receive()
+			require.Len(w.t, b, 9+1000)
+			ids[string(b[1:5])] = true
+		}
+		w.note("%d answers", len(ids))
+		x.ask(4, h)
+		_, b := w.get("GET", "/1.0/instances/INSTANCE/files?path=/tmp/window", "", "")
+		w.note("%d bytes", len(b))
+	}, []string{"map[101:40]", "40 answers", "40000 bytes"}},
+
+	{"SFTP: a packet that makes no sense", func(w *wire) {
+		x, bystander := w.sftp(), w.sftp()
+		for _, s := range []*sftpWire{x, bystander} {
+			s.send(1, uint32(3))
+			s.receive()
+		}
+		x.ask(99)
+		// It takes the process with it that all sessions and the real server's file requests share.
+		w.note("another session: %q", bystander.receive())
+		until(w.t, func() bool {
+			res, _ := w.get("GET", "/1.0/instances/INSTANCE/files?path=/etc", "", "")
+			return res.StatusCode == 200
+		})
+	}, []string{`sftp 99: ""`, `another session: ""`}},
 }

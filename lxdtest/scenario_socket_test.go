@@ -1,11 +1,14 @@
 package lxdtest_test
 
 import (
+	"crypto/tls"
 	"fmt"
 	"maps"
+	"net"
 	"runtime"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/gorilla/websocket"
 	"github.com/stretchr/testify/require"
@@ -34,6 +37,14 @@ var socketScenarios = []scenario{
 		w.give("child")
 		s.finish()
 	}, []string{`"return":137`, `"ready\nchild\n"`}},
+
+	{"signal reaches a tree through its leader", func(w *wire) {
+		// The child says when it has lost the trap.
+		s := w.exec(ws(`["setsid","sh","-c","trap 'trap - TERM; kill -TERM -$$' TERM; sh -c 'echo ready; exec sleep 20' & wait"]`)).all()
+		s.expect("1", "ready\n")
+		s.text("control", `{"command":"signal","signal":15}`)
+		s.finish()
+	}, []string{`"return":143`, `"ready\n"`}},
 
 	{"garbage on control", func(w *wire) {
 		s := w.shell("cat").all()
@@ -191,14 +202,26 @@ var socketScenarios = []scenario{
 		w.do("GET", op+"?secret=nonsense", up, "")
 		w.do("GET", op+"?secret="+s.fds["1"], "", "")
 		w.do("GET", op, up, "")
+		w.do("GET", op+"?secret="+s.fds["1"], strings.Replace(up, "13", "12", 1), "")
 		w.do("GET", "/1.0/operations/nonsense/websocket", up, "")
 		w.do("GET", "/1.0/operations/nonsense/websocket?secret=x", up, "")
 		w.do("POST", op+"?secret="+s.fds["1"], "", "")
 		s.text("0", "")
 		s.finish()
 		s.dial("1")
-	}, []string{"500", "permission denied", "400", "Bad Request\n", `"error_code":500`, "missing secret", "400", "missing secret", "404", "Operation not found", "501",
+	}, []string{"500", "permission denied", "400", "Bad Request\n", `"error_code":500`, "missing secret", "400", "Bad Request\n", "400", "missing secret", "404", "Operation not found", "501",
 		"dial 1: 500", "Only running operations can be connected"}},
+
+	{"dials of what has failed", func(w *wire) {
+		s := w.shell("exit 127").all()
+		s.finish()
+		op := "/1.0/operations/" + s.id + "/websocket"
+		up := "Connection: Upgrade\nUpgrade: websocket\nSec-WebSocket-Version: 13\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
+		w.do("GET", op+"?secret="+s.fds["control"], up, "")
+		w.do("GET", op+"?secret=nonsense", up, "")
+		w.do("GET", op, up, "")
+		w.do("GET", op+"?secret="+s.fds["1"], "", "")
+	}, []string{"500", "Only running operations can be connected"}},
 
 	{"a foreign origin", func(w *wire) {
 		s := w.shell("echo hi")
@@ -260,6 +283,68 @@ var socketScenarios = []scenario{
 		s.open("control", "0", "2")
 		s.result()
 	}, nil},
+
+	{"pongs destroy output that a slow client has not taken yet", func(w *wire) {
+		if w.tls == nil {
+			return // a unix socket loses nothing
+		}
+		for n, pong := range []bool{false, true} {
+			begin := fmt.Sprintf("pong%d", n)
+			s := w.shell(waitFor(begin) + "; head -c 900000 /dev/zero >&2")
+			release := s.hold("2")
+			s.all()
+			k := s.sockets["2"]
+			// What does not fit in here waits at the server.
+			require.NoError(w.t, k.conn.NetConn().(*tls.Conn).NetConn().(*net.TCPConn).SetReadBuffer(8<<10))
+			if pong {
+				require.NoError(w.t, k.conn.WriteControl(websocket.PongMessage, []byte("keepalive"), time.Now().Add(patience)))
+			}
+			w.give(begin)
+			s.result()
+			release()
+			s.ended("2")
+			w.note("pong: %v, all of it: %v, the mark: %v", pong, len(k.data) == 900000, slices.Contains(k.frames, `TEXT ""`))
+		}
+	}, []string{`"return":0`, "pong: false, all of it: true, the mark: true", `"return":0`, "pong: true, all of it: false, the mark: false"}},
+
+	{"stdin is lost when its socket is closed behind the end", func(w *wire) {
+		if w.tls == nil {
+			return // a unix socket keeps what it has taken, and takes less
+		}
+		// The next ping meets a socket that is not there any more.
+		s := w.shell(waitFor("read-stdin") + "; test $(wc -c) = 1310720 && echo all || echo not all").all()
+		for range 20 {
+			s.binary("0", strings.Repeat("x", 64<<10))
+		}
+		s.text("0", "")
+		s.cut("0")
+		k := s.sockets["1"]
+		k.mu.Lock()
+		pings := len(k.pings)
+		k.mu.Unlock()
+		k.until(w.t, "two more pings", func() bool { return len(k.pings) > pings+1 })
+		w.give("read-stdin")
+		s.finish()
+	}, []string{`"return":0`, `"not all\n"`}},
+
+	{"a client that takes nothing for two minutes", func(w *wire) {
+		if w.tls == nil || runtime.GOOS != "linux" {
+			return // it is TCP's affair, and the fake does it on Linux
+		}
+		s := w.exec(ws(`["head","-c","20000000","/dev/zero"]`))
+		release := s.hold("1")
+		s.all()
+		select {
+		case <-s.sockets["control"].ended:
+		case <-time.After(5 * time.Minute):
+			require.Fail(w.t, "time-out")
+		}
+		s.result()
+		release()
+		s.ended("1")
+		k := s.sockets["1"]
+		w.note("all of it: %v, the mark: %v", len(k.data) == 20000000, slices.Contains(k.frames, `TEXT ""`))
+	}, []string{`"return":141`, "all of it: false, the mark: false"}},
 
 	{"a handshake", func(w *wire) {
 		s := w.shell("true")

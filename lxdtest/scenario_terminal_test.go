@@ -121,6 +121,19 @@ var terminalScenarios = []scenario{
 		s.frames()
 	}, []string{`0: BINARY, CLOSE 1000 "", END "ready\r\n"`, `control: END`}},
 
+	{"terminal: a text is not the end of the input", func(w *wire) {
+		s := w.terminal("cat")
+		s.open("0", "control")
+		s.binary("0", "hello\r")
+		s.expect("0", "hello\r\nhello\r\n")
+		s.text("0", "")
+		s.binary("0", "nobody reads\r\x04")
+		s.result("?timeout=1")
+		s.text("control", `{"command":"signal","signal":15}`)
+		s.ended("control")
+		// The result is not asked for: now and then the real server's operation goes on running for ever.
+	}, []string{`"status":"Running"`}},
+
 	{"terminal: it is the session's", func(w *wire) {
 		s := w.terminal("test -t 0 && test -t 1 && test -t 2 && echo all three; echo this one >/dev/tty" + linger)
 		s.open("0", "control")

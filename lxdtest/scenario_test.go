@@ -23,10 +23,17 @@ func (c scenario) hurry(v *lxdtest.Version) {
 	switch {
 	case strings.Contains(strings.Join(c.want, ""), "Timed out"):
 		v.ConnectWindow = 2500 * time.Millisecond
+	case c.name == "pings":
+		v.PingInterval = lxdtest.LXD50.PingInterval
+	case c.slow():
+		v.StallTimeout = 2 * time.Second
 	case c.name == "an operation vanishes":
 		v.OperationLifetime = 1500 * time.Millisecond
 	}
 }
+
+// slow reports whether it takes minutes with the real server.
+func (c scenario) slow() bool { return c.name == "a client that takes nothing for two minutes" }
 
 const octets = "Content-Type: application/octet-stream\n"
 

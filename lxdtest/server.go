@@ -64,6 +64,9 @@ type Server struct {
 	requests   []Request
 	faults     []*armed
 	asked      []string // aliases
+	ending     bool     // Terminate waits
+	waits      int      // requests for the end of an operation that are being answered
+	answered   *sync.Cond
 }
 
 // A task is a goroutine of the server, named for the one who waits for it.
@@ -89,7 +92,7 @@ func NewTLSServer() *Server {
 // fields the caller should call Start or StartTLS. Instances and faults can be added
 // before and after.
 func NewUnstartedServer() *Server {
-	return &Server{
+	s := &Server{
 		Version:    LXD50,
 		trusted:    map[string]bool{},
 		closing:    make(chan struct{}),
@@ -99,6 +102,8 @@ func NewUnstartedServer() *Server {
 		operations: map[string]*operation{},
 		listeners:  map[*listener]struct{}{},
 	}
+	s.answered = sync.NewCond(&s.mu)
+	return s
 }
 
 // Start listens on a unix socket.
@@ -211,6 +216,7 @@ func (s *Server) Close() {
 	s.mu.Unlock()
 	if first {
 		close(s.closing)
+		s.answered.Broadcast()
 		t := time.AfterFunc(5*time.Second, s.logHang)
 		defer t.Stop()
 		s.mu.Lock()
@@ -318,6 +324,36 @@ func (s *Server) Die() {
 	for _, c := range conns {
 		c.Close()
 	}
+}
+
+// Terminate does what a SIGTERM does to the daemon: what changes anything but an operation is refused from now on, and when the last operation has ended, and who
+// waits for it has been told, every connection is cut. It returns then, and the server answers again, as a daemon that was restarted.
+func (s *Server) Terminate() {
+	s.mu.Lock()
+	s.ending = true
+	operations := slices.Collect(maps.Values(s.operations))
+	s.mu.Unlock()
+	for _, op := range operations {
+		select {
+		case <-op.done:
+		case <-s.closing:
+		}
+	}
+	s.mu.Lock()
+	for s.waits > 0 && !s.closed {
+		s.answered.Wait()
+	}
+	s.mu.Unlock()
+	s.Die()
+	s.mu.Lock()
+	s.ending = false
+	s.mu.Unlock()
+}
+
+func (s *Server) isEnding() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ending
 }
 
 // A Request is one request that the server was asked, after its end. For a WebSocket or

@@ -18,6 +18,28 @@ import (
 )
 
 // TestVersions has one row for each difference between the releases.
+func TestDeepPath(t *testing.T) {
+	t.Parallel()
+	s := lxdtest.NewServer()
+	t.Cleanup(s.Close)
+	s.AddInstance(lxdtest.Instance{Name: "c1"})
+	far := strings.Repeat("/d", 1000)
+	require.NoError(t, s.WriteFile("c1", far+"/f", []byte("far away"), 0o640))
+	w := fakeWire(t, s, "c1")
+	base := "/1.0/instances/INSTANCE/files?path="
+	w.get("POST", base+far+"/link", octets+"X-LXD-type: symlink", strings.Repeat("../", 10)+strings.TrimPrefix(strings.Repeat("/d", 10), "/"))
+	for _, c := range []struct{ path, want string }{
+		{far + "/f", "200 far away"},
+		{far + "/link/f", "200 far away"},
+		{far + "/none", "404"},
+		{far + "/none/f", "404"},
+		{far + "/f/x", "500"},
+	} {
+		res, b := w.get("GET", base+c.path, "", "")
+		require.True(t, strings.HasPrefix(fmt.Sprintf("%d %s", res.StatusCode, b), c.want), "%s: %d %s", c.path[len(far):], res.StatusCode, b)
+	}
+}
+
 func TestVersions(t *testing.T) {
 	t.Parallel()
 	exec127 := func(w *wire) { w.shell("exit 127").all().finish() }

@@ -192,6 +192,11 @@ func (x *sftpSession) serve() {
 			continue // swallowed
 		}
 		answer, ok := x.handle(heard[0], &packet{b: heard[1:]})
+		if !ok && x.s.Version.SFTPShared {
+			x.i.mu.Lock()
+			x.i.endSessions()
+			x.i.mu.Unlock()
+		}
 		if !ok || x.cut {
 			return
 		}

@@ -25,6 +25,7 @@ type Version struct {
 	StartDelay        time.Duration // from the last needed socket to the start of the command
 	PingInterval      time.Duration // between two pings on one socket; 0: no pings
 	OperationLifetime time.Duration // a finished operation is gone after this
+	StallTimeout      time.Duration // a client over TCP that does not take what a socket sends is cut off after this, on Linux; 0: never
 	ChildGrace        time.Duration // how long a background child may hold the output open; 0: as long as it likes
 
 	// Sockets.
@@ -72,6 +73,7 @@ type Version struct {
 	SFTPOpenMode    bool   // the mode that a client gives with OPEN counts
 	SFTPSetuid      bool   // setuid, setgid and sticky can be set over SFTP
 	SFTPBlocksStops bool   // a forced stop waits for open SFTP sessions
+	SFTPShared      bool   // a packet that makes no sense ends all SFTP sessions of its instance
 
 	Texts Texts
 }
@@ -123,10 +125,11 @@ var (
 	LXD50 = Version{
 		Name: "LXD 5.0.2", Server: "lxd", Release: "5.0.2", Extensions: slices.Clone(baseExtensions),
 		ConnectWindow: 5 * time.Second, StartDelay: 15 * time.Millisecond, PingInterval: 10 * time.Second, OperationLifetime: 5 * time.Second,
-		PingPayload: "keepalive", PingOnUnix: true, MessageMax: 64 << 10, StdinWhole: true, InputHangsUp: true,
+		StallTimeout: 2 * time.Minute,
+		PingPayload:  "keepalive", PingOnUnix: true, MessageMax: 64 << 10, StdinWhole: true, InputHangsUp: true,
 		Wait: WaitPlain, BadSecret: Refusal{500, "permission denied"}, MissingSecret: "missing secret",
 		OldResources: true, ContainersAlias: true, FailedStatus: true, VMLost: -1,
-		HeaderPrefix: "X-LXD-", DirMode: 0o750, StaleLength: true, SFTPPacket: 32 << 10, SFTPBlocksStops: true,
+		HeaderPrefix: "X-LXD-", DirMode: 0o750, StaleLength: true, SFTPPacket: 32 << 10, SFTPBlocksStops: true, SFTPShared: true,
 		Texts: Texts{
 			NotFound: "not found", Forbidden: "not authorized", InstanceNotFound: "Instance not found", ProjectNotFound: "Instance not found",
 			FileNotFound: "Not Found", NoPID: "Failed to retrieve PID of executing child process",
@@ -147,7 +150,7 @@ var (
 		v.Wait, v.BadSecret, v.MissingSecret = WaitErrorBody, Refusal{403, "Forbidden"}, "Missing websocket secret"
 		v.RequestorCheck, v.Requestor, v.OldResources = "Operation requestor mismatch", true, false
 		v.StrictRecording, v.ExecOutputDir, v.VMLost = true, true, 129
-		v.ModifyPerm, v.HeadLength, v.StrictHeaders, v.SFTPSetuid, v.SFTPBlocksStops = true, true, true, true, false
+		v.ModifyPerm, v.HeadLength, v.StrictHeaders, v.SFTPSetuid, v.SFTPBlocksStops, v.SFTPShared = true, true, true, true, false, false
 		v.SFTPOpenMode, v.StaleLength = true, false
 		v.Texts.NotFound, v.Texts.Forbidden, v.Texts.ProjectNotFound = "Not Found", "Forbidden", "Project not found"
 		v.Texts.FileType, v.Texts.WriteMode = `Invalid file type: "{value}"`, `Invalid file write mode: "{value}"`

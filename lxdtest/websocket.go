@@ -49,6 +49,9 @@ func (s *Server) upgrade(w http.ResponseWriter, r *http.Request, p Point, name s
 	p.socket, p.answer = k, nil
 	k.gate = gate{s: s, point: p}
 	k.in = gate{s: s, point: p}
+	if s.Version.StallTimeout > 0 {
+		setStallTimeout(tracked(ws.NetConn()).Conn, s.Version.StallTimeout)
+	}
 	// The connection may be cut from elsewhere, and the end of the server cuts it.
 	s.spawn(name, func() {
 		select {

@@ -173,6 +173,7 @@ type sock struct {
 	data   []byte
 	max    int
 	pings  []string
+	at     []time.Time   // of the pings
 	cut    bool          // by the client: what was on its way is not noted
 	change chan struct{} // closed and replaced at each frame
 }
@@ -269,7 +270,7 @@ func (s *session) dial(name string) *sock {
 	c.SetPingHandler(func(p string) error {
 		k.mu.Lock()
 		defer k.mu.Unlock()
-		k.pings = append(k.pings, p)
+		k.pings, k.at = append(k.pings, p), append(k.at, time.Now())
 		close(k.change)
 		k.change = make(chan struct{})
 		return nil
@@ -508,15 +509,20 @@ func (x *sftpWire) receive() []byte {
 
 // ask sends a request with the next id and notes the answer.
 func (x *sftpWire) ask(kind int, fields ...any) []byte {
-	x.n++
-	x.send(append([]any{kind, x.n}, fields...)...)
-	b := x.receive()
+	b := x.reply(kind, fields...)
 	text := fmt.Sprintf("%q", b)
 	if len(b) > 200 {
 		text = fmt.Sprintf("%q… %d bytes", b[:20], len(b))
 	}
 	x.w.note("sftp %d: %s", kind, text)
 	return b
+}
+
+// reply sends a request with the next id and returns the answer.
+func (x *sftpWire) reply(kind int, fields ...any) []byte {
+	x.n++
+	x.send(append([]any{kind, x.n}, fields...)...)
+	return x.receive()
 }
 
 // handle is the handle in an answer.

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	lxd "github.com/canonical/lxd/client"
 )
@@ -128,6 +129,22 @@ func (d *Daemon) LimitFiles(t testing.TB, more int) (lift func()) {
 	prlimit(fmt.Sprintf("--nofile=%d:", len(open)+more))
 	return func() { prlimit("--nofile=" + before + ":") }
 }
+
+// Terminate asks it to end, which it does when what it is doing has ended. Its instances go on.
+func (d *Daemon) Terminate(t testing.TB) { t.Helper(); d.signal(t, syscall.SIGTERM) }
+
+// Ended waits until it has ended.
+func (d *Daemon) Ended(t testing.TB) {
+	t.Helper()
+	for end := time.Now().Add(2 * time.Minute); d.pid(t) > 0; <-time.After(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the daemon does not end")
+		}
+	}
+}
+
+// Variable is one of those that scripts/lxd env prints for it.
+func (d *Daemon) Variable(name string) string { return d.variables[name] }
 
 // Servers returns the ways to it, new connections each time.
 func (d *Daemon) Servers(t testing.TB) []Server {
