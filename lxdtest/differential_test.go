@@ -79,8 +79,7 @@ func TestDifferential(t *testing.T) {
 					if c.slow() && os.Getenv("TRANSPORT_SLOW_TESTS") == "" {
 						t.Skip("set TRANSPORT_SLOW_TESTS to have it")
 					}
-					// All SFTP sessions share one process on the real server, which nonsense can end.
-					if !strings.HasPrefix(c.name, "SFTP") {
+					if !c.alone() {
 						t.Parallel()
 					}
 					w := real.of(real.instance)

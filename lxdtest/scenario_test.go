@@ -35,6 +35,12 @@ func (c scenario) hurry(v *lxdtest.Version) {
 // slow reports whether it takes minutes with the real server.
 func (c scenario) slow() bool { return c.name == "a client that takes nothing for two minutes" }
 
+// alone reports whether nothing may run beside it. All SFTP sessions share one process on the real server, which nonsense ends. What keeps the
+// processors busy for long has others miss the 5 s that the real server gives them.
+func (c scenario) alone() bool {
+	return strings.HasPrefix(c.name, "SFTP") || c.name == "stdin: one frame of 64 MiB"
+}
+
 const octets = "Content-Type: application/octet-stream\n"
 
 // linger keeps the output of a command in a terminal alive: the real server loses, now and then, what is

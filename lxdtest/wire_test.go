@@ -102,10 +102,22 @@ func (w *wire) url(path string) string {
 	return "https://" + w.address + path
 }
 
-// get makes a request without noting anything. header is "Name: value" lines.
+// get makes a request without noting anything but that there is no answer. header is "Name: value" lines.
 func (w *wire) get(method, path, header, body string) (*http.Response, []byte) {
-	r, err := http.NewRequest(method, w.url(path), strings.NewReader(body))
-	require.NoError(w.t, err)
+	res, b, err := w.ask(context.Background(), method, path, header, body)
+	if err != nil {
+		w.note("%s %s: no answer", method, path)
+		return &http.Response{Header: http.Header{}}, nil
+	}
+	return res, b
+}
+
+// ask is get for those who have a use for the error.
+func (w *wire) ask(ctx context.Context, method, path, header, body string) (*http.Response, []byte, error) {
+	r, err := http.NewRequestWithContext(ctx, method, w.url(path), strings.NewReader(body))
+	if err != nil {
+		return nil, nil, err
+	}
 	for line := range strings.SplitSeq(header, "\n") {
 		if k, v, ok := strings.Cut(line, ": "); ok {
 			r.Header.Set(k, v)
@@ -113,15 +125,14 @@ func (w *wire) get(method, path, header, body string) (*http.Response, []byte) {
 	}
 	res, err := w.client().Do(r)
 	if err != nil {
-		w.note("%s %s: no answer", method, path)
-		return &http.Response{Header: http.Header{}}, nil
+		return nil, nil, err
 	}
 	b, err := io.ReadAll(res.Body)
 	res.Body.Close()
 	if err != nil {
 		b = append(b, fmt.Sprintf(" (broken off: %v)", err)...)
 	}
-	return res, b
+	return res, b, nil
 }
 
 // noted are the headers that a transcript has.
@@ -133,6 +144,12 @@ func (w *wire) do(method, path, header, body string) []byte {
 	if res.StatusCode == 0 {
 		return nil
 	}
+	w.answer(method, path, res, b)
+	return b
+}
+
+// answer notes an answer.
+func (w *wire) answer(method, path string, res *http.Response, b []byte) {
 	var headers []string
 	for k := range res.Header {
 		if noted.MatchString(k) || k == "Content-Length" && res.Header.Get("Content-Type") == "application/octet-stream" {
@@ -141,7 +158,6 @@ func (w *wire) do(method, path, header, body string) []byte {
 	}
 	slices.Sort(headers)
 	w.note("%s %s\n  %d %s\n  %s", method, path, res.StatusCode, strings.Join(headers, ", "), b)
-	return b
 }
 
 // until asks, without a note, until there is an answer, for half a minute at most.
@@ -160,6 +176,7 @@ type session struct {
 	fds     map[string]string
 	sockets map[string]*sock
 	held    map[string]chan struct{} // sockets of which nothing is read before this is closed
+	told    chan func()              // notes the result
 }
 
 // A sock notes what comes in on one socket.
@@ -249,7 +266,25 @@ func (s *session) all() *session {
 		require.NotNil(s.w.t, socks[n], name)
 		s.sockets[name] = socks[n]
 	}
+	s.listen()
 	return s
+}
+
+// listen asks for the result, for finish, before there is one: 5 s after the end nobody is told any more.
+func (s *session) listen() {
+	ctx, cancel := context.WithCancel(context.Background())
+	s.told = make(chan func(), 1)
+	over := make(chan struct{})
+	s.w.t.Cleanup(func() { cancel(); <-over })
+	go func() {
+		defer close(over)
+		path := "/1.0/operations/" + s.id + "/wait"
+		res, b, err := s.w.ask(ctx, "GET", path, "", "")
+		s.told <- func() {
+			require.NoError(s.w.t, err)
+			s.w.answer("GET", path, res, b)
+		}
+	}()
 }
 
 // dial dials one socket, or notes why not.
@@ -426,7 +461,11 @@ func (s *session) state() (status string, ret any, text string) {
 // finish waits for the end of the operation and of all sockets, and notes both.
 func (s *session) finish() {
 	s.w.t.Helper()
-	s.result()
+	if s.told == nil {
+		s.result()
+	} else {
+		(<-s.told)()
+	}
 	s.frames()
 }
 
