@@ -82,17 +82,21 @@ func TestDifferential(t *testing.T) {
 					if !c.alone() {
 						t.Parallel()
 					}
-					w := real.of(real.instance)
-					w.t = t
-					f := fakeWire(t, c.fake(t, w.instance, real.socket == ""), w.instance)
-					done := make(chan struct{})
-					go func() {
-						defer close(done)
-						c.do(w)
-					}()
+					f := fakeWire(t, c.fake(t, real.instance, real.socket == ""), real.instance)
 					c.do(f)
-					<-done
-					require.Equal(t, w.transcript(), f.transcript(), "expected is the real server's")
+					// The real server does not wait longer than 5 s for a client that a busy machine has kept from dialling: that is no difference.
+					for tries := 1; ; tries++ {
+						a := &attempt{TB: t}
+						w := real.of(real.instance)
+						w.t = a
+						failure := a.run(func() { c.do(w) })
+						if w.late && tries < 5 && (failure != "" || w.transcript() != f.transcript()) {
+							continue
+						}
+						require.Empty(t, failure)
+						require.Equal(t, w.transcript(), f.transcript(), "expected is the real server's")
+						break
+					}
 				})
 			}
 		})

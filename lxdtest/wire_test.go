@@ -36,8 +36,9 @@ type wire struct {
 	tls      *tls.Config
 	instance string
 
-	mu  sync.Mutex
-	log []string
+	mu   sync.Mutex
+	log  []string
+	late bool // a socket was dialled so late that the real server may not have waited for it
 }
 
 // fakeWire is a wire to a server that Start or StartTLS was called on.
@@ -172,6 +173,7 @@ func (w *wire) until(path string) {
 // An exec is an operation with its sockets.
 type session struct {
 	w       *wire
+	begin   time.Time
 	id      string
 	fds     map[string]string
 	sockets map[string]*sock
@@ -213,7 +215,7 @@ func (w *wire) session(answer []byte) *session {
 		} `json:"metadata"`
 	}
 	require.NoError(w.t, json.Unmarshal(answer, &a))
-	return &session{w: w, id: a.Metadata.ID, fds: a.Metadata.Metadata.FDs, sockets: map[string]*sock{}, held: map[string]chan struct{}{}}
+	return &session{w: w, begin: time.Now(), id: a.Metadata.ID, fds: a.Metadata.Metadata.FDs, sockets: map[string]*sock{}, held: map[string]chan struct{}{}}
 }
 
 // shell is an exec with sockets of a shell script.
@@ -290,6 +292,11 @@ func (s *session) listen() {
 // dial dials one socket, or notes why not.
 func (s *session) dial(name string) *sock {
 	c, res, err := s.w.upgrade("/1.0/operations/"+s.id+"/websocket?secret="+s.fds[name], nil)
+	if time.Since(s.begin) > 4*time.Second { // of the 5 that began before the answer was here
+		s.w.mu.Lock()
+		s.w.late = true
+		s.w.mu.Unlock()
+	}
 	if err != nil {
 		var b []byte
 		status := 0
