@@ -4,6 +4,7 @@ package lxdtest_test
 
 import (
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -14,7 +15,7 @@ import (
 // An end is what happens to a daemon in the middle of a conversation, in two steps: the signal, and a new one that answers.
 type end struct{ signal, back func() }
 
-// ends are conversations about the end of a daemon.
+// ends are conversations about the end of a daemon, and what would disturb others at one that is shared.
 var ends = []struct {
 	name string
 	real func(t *testing.T, d *reallxd.Daemon) end
@@ -22,6 +23,31 @@ var ends = []struct {
 	do   func(w *wire, e end)
 	want []string
 }{
+	{
+		name: "a connection that says nothing",
+		real: func(*testing.T, *reallxd.Daemon) end { return end{} },
+		fake: func(*lxdtest.Server) end { return end{} },
+		do: func(w *wire, _ end) {
+			silent, err := w.dial(w.t.Context())
+			require.NoError(w.t, err)
+			answered := make(chan struct{})
+			go func() {
+				defer close(answered)
+				w.do("GET", "/1.0/instances/nobody", "", "")
+			}()
+			wait := time.NewTimer(time.Second) // for what must not come
+			defer wait.Stop()
+			select {
+			case <-answered:
+				w.note("it holds up nobody")
+			case <-wait.C:
+				w.note("it holds up others")
+			}
+			silent.Close()
+			<-answered
+		},
+		want: []string{"404"},
+	},
 	{
 		name: "a daemon that is killed",
 		real: func(t *testing.T, d *reallxd.Daemon) end {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log"
 	"maps"
 	"net"
@@ -384,6 +385,16 @@ type conn struct {
 	once   sync.Once
 	gone   chan struct{}
 	mute   atomic.Bool // nothing is sent any more
+	early  []byte      // was read before the connection was accepted
+}
+
+func (c *conn) Read(p []byte) (int, error) {
+	if len(c.early) > 0 {
+		n := copy(p, c.early)
+		c.early = c.early[n:]
+		return n, nil
+	}
+	return c.Conn.Read(p)
 }
 
 func (c *conn) Write(p []byte) (int, error) {
@@ -429,20 +440,30 @@ type trackingListener struct {
 }
 
 func (l *trackingListener) Accept() (net.Conn, error) {
-	c, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		l.count++
+		t := &conn{Conn: c, s: l.s, number: l.count, gone: make(chan struct{})}
+		l.s.mu.Lock()
+		closed := l.s.closed
+		l.s.conns[t] = struct{}{}
+		l.s.mu.Unlock()
+		if closed {
+			t.Close()
+		}
+		if _, unix := c.(*net.UnixConn); unix && l.s.Version.SilenceBlocks {
+			early := make([]byte, 8)
+			if _, err := io.ReadFull(c, early); err != nil {
+				t.Close()
+				continue
+			}
+			t.early = early
+		}
+		return t, nil
 	}
-	l.count++
-	t := &conn{Conn: c, s: l.s, number: l.count, gone: make(chan struct{})}
-	l.s.mu.Lock()
-	closed := l.s.closed
-	l.s.conns[t] = struct{}{}
-	l.s.mu.Unlock()
-	if closed {
-		t.Close()
-	}
-	return t, nil
 }
 
 type discard struct{}

@@ -73,6 +73,7 @@ type Version struct {
 	SFTPOpenMode    bool   // the mode that a client gives with OPEN counts
 	SFTPSetuid      bool   // setuid, setgid and sticky can be set over SFTP
 	SFTPBlocksStops bool   // a forced stop waits for open SFTP sessions
+	SilenceBlocks   bool   // on a unix socket nobody else is accepted before a connection's first 8 bytes have come
 	SFTPShared      bool   // a packet that makes no sense ends all SFTP sessions of its instance
 
 	Texts Texts
@@ -129,7 +130,7 @@ var (
 		PingPayload:  "keepalive", PingOnUnix: true, MessageMax: 64 << 10, StdinWhole: true, InputHangsUp: true,
 		Wait: WaitPlain, BadSecret: Refusal{500, "permission denied"}, MissingSecret: "missing secret",
 		OldResources: true, ContainersAlias: true, FailedStatus: true, VMLost: -1,
-		HeaderPrefix: "X-LXD-", DirMode: 0o750, StaleLength: true, SFTPPacket: 32 << 10, SFTPBlocksStops: true, SFTPShared: true,
+		HeaderPrefix: "X-LXD-", DirMode: 0o750, StaleLength: true, SFTPPacket: 32 << 10, SFTPBlocksStops: true, SFTPShared: true, SilenceBlocks: true,
 		Texts: Texts{
 			NotFound: "not found", Forbidden: "not authorized", InstanceNotFound: "Instance not found", ProjectNotFound: "Instance not found",
 			FileNotFound: "Not Found", NoPID: "Failed to retrieve PID of executing child process",
@@ -150,7 +151,7 @@ var (
 		v.Wait, v.BadSecret, v.MissingSecret = WaitErrorBody, Refusal{403, "Forbidden"}, "Missing websocket secret"
 		v.RequestorCheck, v.Requestor, v.OldResources = "Operation requestor mismatch", true, false
 		v.StrictRecording, v.ExecOutputDir, v.VMLost = true, true, 129
-		v.ModifyPerm, v.HeadLength, v.StrictHeaders, v.SFTPSetuid, v.SFTPBlocksStops, v.SFTPShared = true, true, true, true, false, false
+		v.ModifyPerm, v.HeadLength, v.StrictHeaders, v.SFTPSetuid, v.SFTPBlocksStops, v.SFTPShared, v.SilenceBlocks = true, true, true, true, false, false, false
 		v.SFTPOpenMode, v.StaleLength = true, false
 		v.Texts.NotFound, v.Texts.Forbidden, v.Texts.ProjectNotFound = "Not Found", "Forbidden", "Project not found"
 		v.Texts.FileType, v.Texts.WriteMode = `Invalid file type: "{value}"`, `Invalid file write mode: "{value}"`
