@@ -377,10 +377,10 @@ func (e *execution) connect(secrets map[string]string) error {
 	watch := time.AfterFunc(connectPatience, func() {
 		f := e.t.waitOperation(ctx, e.id, ctx)
 		switch {
-		case f.exited: // it has got them all, and its answers are on their way
-			time.AfterFunc(arrivalGrace, func() { cancel(errOver) })
-		case f.err == nil:
+		case f.notStarted():
 			cancel(errOver)
+		case f.err == nil: // it has got them all, and its answers are on their way
+			time.AfterFunc(arrivalGrace, func() { cancel(errOver) })
 		}
 		watched <- f
 	})
@@ -489,7 +489,11 @@ func (e *execution) notConnected(first error, refused bool, f fate) error {
 		first = context.Cause(e.ctx)
 	}
 	if refused {
-		return notStarted(e.whyRefused(first, f))
+		err := e.whyRefused(first, f)
+		if cause := context.Cause(e.ctx); cause != nil && !errors.Is(err, cause) { // it has ended meanwhile
+			err = &causes{text: fmt.Sprintf("%v; %v", cause, err), errs: []error{cause, err}}
+		}
+		return notStarted(err)
 	}
 	// All sockets may have been connected as the server sees it. Then the command has run, and was killed when we closed
 	// control, but not what it had started. LXD tells, at the latest when it has waited for the sockets in vain. All questions together have
