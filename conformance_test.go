@@ -81,7 +81,7 @@ func TestConformanceOnCluster(t *testing.T) {
 	for _, s := range entry.Servers(t) {
 		t.Run(s.Name, func(t *testing.T) {
 			t.Parallel()
-			conforms(t, s, there.Instance, nothingLeft(s, there.Instance), transporttest.Users)
+			conforms(t, s, there.Instance, defaults, transporttest.Users)
 		})
 	}
 }
