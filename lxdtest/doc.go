@@ -23,6 +23,5 @@
 // Nothing is confined: a real command sees the whole machine, and what it leaves behind in the background outlives its instance. Terminals are real ones on Linux, and
 // elsewhere pipes without echo. A stopped process (SIGSTOP) and a frozen one go on running when they are
 // handlers; a real command is stopped with its instance, but not what it has started. A client that does not
-// read for two minutes is cut off on Linux only. A connection to a unix socket that says nothing holds up nobody, where LXD 5.0 takes no other before it
-// speaks, and a GET of a FIFO does not keep its instance from being stopped.
+// read for two minutes is cut off on Linux only. A GET of a FIFO does not keep its instance from being stopped.
 package lxdtest

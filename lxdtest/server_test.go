@@ -17,7 +17,6 @@ import (
 	"github.com/lxdtransport/transport/lxdtest"
 )
 
-// TestVersions has one row for each difference between the releases.
 func TestDeepPath(t *testing.T) {
 	t.Parallel()
 	s := lxdtest.NewServer()
@@ -40,6 +39,7 @@ func TestDeepPath(t *testing.T) {
 	}
 }
 
+// TestVersions has one row for each difference between the releases.
 func TestVersions(t *testing.T) {
 	t.Parallel()
 	exec127 := func(w *wire) { w.shell("exit 127").all().finish() }
