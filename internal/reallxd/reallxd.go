@@ -310,26 +310,17 @@ func Operations(s lxd.InstanceServer, name string) ([]string, error) {
 
 // Left waits until no process and no operation is left of what was run in an instance, and says what is left otherwise.
 func Left(s lxd.InstanceServer, name string, patience time.Duration) error {
-	for end := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) {
-		operations, err := Operations(s, name)
-		if err != nil {
-			return err
-		}
-		processes, err := Processes(s, name)
-		if err != nil {
-			return err
-		}
-		if len(operations)+len(processes) == 0 {
-			return nil
-		}
-		if time.Now().After(end) {
-			return fmt.Errorf("left in %s: operations %q, processes %q", name, operations, processes)
-		}
-	}
+	return left(s, name, func(string) bool { return true }, func() ([]string, error) { return Processes(s, name) }, patience)
 }
 
 // LeftOf waits until none of some operations runs, and no process in an instance has one of some variables, and says what is left otherwise.
 func LeftOf(s lxd.InstanceServer, name string, operations, variables []string, patience time.Duration) error {
+	ours := func(id string) bool { return slices.Contains(operations, id) }
+	return left(s, name, ours, func() ([]string, error) { return Marked(s, name, variables) }, patience)
+}
+
+// left waits until none of the operations that count runs, and there are no processes.
+func left(s lxd.InstanceServer, name string, counts func(id string) bool, processes func() ([]string, error), patience time.Duration) error {
 	for end := time.Now().Add(patience); ; time.Sleep(100 * time.Millisecond) {
 		running, err := Operations(s, name)
 		if err != nil {
@@ -337,17 +328,17 @@ func LeftOf(s lxd.InstanceServer, name string, operations, variables []string, p
 		}
 		running = slices.DeleteFunc(running, func(line string) bool {
 			id, _, _ := strings.Cut(line, " ")
-			return !slices.Contains(operations, id)
+			return !counts(id)
 		})
-		processes, err := Marked(s, name, variables)
+		alive, err := processes()
 		if err != nil {
 			return err
 		}
-		if len(running)+len(processes) == 0 {
+		if len(running)+len(alive) == 0 {
 			return nil
 		}
 		if time.Now().After(end) {
-			return fmt.Errorf("left in %s: operations %q, processes %q", name, running, processes)
+			return fmt.Errorf("left in %s: operations %q, processes %q", name, running, alive)
 		}
 	}
 }
