@@ -8,7 +8,6 @@ import (
 	"io"
 	"maps"
 	"net/http"
-	"net/url"
 	"os"
 	"reflect"
 	"sync"
@@ -237,18 +236,24 @@ func (e *execution) requestIn(dir string) (secrets map[string]string, err error)
 	if dir == "" || dir == "/" {
 		return e.request()
 	}
+	ctx, cancel := context.WithCancel(e.ctx)
+	defer cancel()
 	exists := make(chan error, 1)
-	go func() { exists <- e.t.checkDir(e.ctx, dir) }() // waited for below
-	secrets, err = e.request()
+	go func() { exists <- e.t.checkDir(ctx, dir) }() // waited for below
+	if secrets, err = e.request(); err != nil {
+		cancel()
+		<-exists
+		return nil, err
+	}
 	late := time.NewTimer(dirPatience)
 	defer late.Stop()
 	select {
-	case dirErr := <-exists:
-		return secrets, cmp.Or(err, dirErr)
+	case err = <-exists:
+		return secrets, err
 	case <-late.C:
 	}
-	if dirErr := <-exists; err != nil || dirErr != nil {
-		return nil, cmp.Or(err, dirErr)
+	if err = <-exists; err != nil {
+		return nil, err
 	}
 	return e.request()
 }
@@ -535,10 +540,7 @@ func (e *execution) notConnected(first error, refused bool, f fate) error {
 // for a while whoever asks.
 func (e *execution) whyRefused(err error, f fate) error {
 	if errors.As(err, new(*apiError)) && f.err != nil {
-		ctx, cancel := within(e.ctx, forgetAfter)
-		defer cancel()
-		op, askErr := e.t.getOperation(ctx, "/1.0/operations/"+url.PathEscape(e.id), nil, forgetAfter)
-		if askErr == nil && op.final() {
+		if op, askErr := e.t.getOperation(e.ctx, operationPath(e.id), nil, forgetAfter); askErr == nil && op.final() {
 			f = op.fate()
 		}
 	}

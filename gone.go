@@ -3,7 +3,6 @@ package transport
 import (
 	"context"
 	_ "embed"
-	"strings"
 	"time"
 )
 
@@ -40,18 +39,12 @@ func (e *execution) releaseIfGone(waited time.Duration) {
 		e.watchFor(min(2*waited, goneMost))
 		return
 	}
-	e.t.log.Warn("the command has ended, and the server did not notice", "operation", e.id)
+	e.t.log.Debug("the command has ended, and the server did not notice", "operation", e.id)
 	abort(e.control.conn)
 }
 
 // gone reports whether it is certain that a command has ended.
 func (t *LXD) gone(ctx context.Context, mark string) bool {
-	ctx, cancel := within(ctx, reapTime)
-	defer cancel()
-	var out limitedBuffer
-	e, err := t.start(ctx, Command{Args: Shell(goneScript), Stdin: strings.NewReader(mark + "\n"), Stdout: &out, WaitDelay: reapTime}, internalCommand)
-	if err == nil {
-		err = e.run()
-	}
-	return err == nil && out.buf.String() == "gone\n"
+	out, err := t.runScript(ctx, goneScript, []string{mark})
+	return err == nil && string(out) == "gone\n"
 }

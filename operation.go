@@ -93,7 +93,7 @@ var errGone = errors.New("the server does not know the operation any more: it wa
 // When ended has, the operation is about to end or LXD has been restarted: a request that was under way by then, and has not been answered, is on a
 // connection that nobody answers on, and there is no time to wait for it.
 func (t *LXD) waitOperation(ctx context.Context, id string, ended context.Context) fate {
-	path := "/1.0/operations/" + url.PathEscape(id)
+	path := operationPath(id)
 	every := t.liveness / 3 // and as much again for the answer to come, and for another try
 	wait := url.Values{"timeout": {strconv.Itoa(int(every / time.Second))}}
 	failing := time.Now() // since when no answer has come
@@ -146,6 +146,8 @@ func (t *LXD) askWait(ctx, ended context.Context, path string, wait url.Values, 
 	defer context.AfterFunc(ended, cancel)()
 	return t.getOperation(ctx, path+"/wait", wait, most)
 }
+
+func operationPath(id string) string { return "/1.0/operations/" + url.PathEscape(id) }
 
 func (t *LXD) getOperation(ctx context.Context, path string, query url.Values, most time.Duration) (*operation, error) {
 	ctx, cancel := within(ctx, most)

@@ -28,7 +28,7 @@ func newMark() string { return rand.Text() }
 var reapScript string
 
 const (
-	// reapTime bounds one run of the script.
+	// reapTime bounds one run of a script.
 	reapTime = 5 * time.Second
 	// reapFirst is how long KILL waits for the script, which sees more while the command lives: who descends from it.
 	reapFirst = 3 * time.Second
@@ -125,16 +125,8 @@ func (r *reaper) next() {
 
 // runReaper runs the script in the instance.
 func (t *LXD) runReaper(ctx context.Context, marks []string) (map[string]*reaped, error) {
-	ctx, cancel := within(ctx, reapTime)
-	defer cancel()
-	var out limitedBuffer
-	e, err := t.start(ctx, Command{
-		Args: Shell(reapScript), Stdin: strings.NewReader(strings.Join(marks, "\n") + "\n"), Stdout: &out, WaitDelay: reapTime,
-	}, internalCommand)
-	if err == nil {
-		err = e.run()
-	}
-	found, whole := parseReaped(out.buf.Bytes())
+	out, err := t.runScript(ctx, reapScript, marks)
+	found, whole := parseReaped(out)
 	if err == nil && !whole {
 		err = errors.New("the script that looks for them was not heard to its end")
 	}
@@ -142,6 +134,20 @@ func (t *LXD) runReaper(ctx context.Context, marks []string) (map[string]*reaped
 		err = errors.New("there is no /bin/sh to look for them with")
 	}
 	return found, err
+}
+
+// runScript runs a script of ours in the instance, with marks on its input, and returns what it has printed, also when it fails. reapTime bounds it.
+func (t *LXD) runScript(ctx context.Context, script string, marks []string) ([]byte, error) {
+	ctx, cancel := within(ctx, reapTime)
+	defer cancel()
+	var out limitedBuffer
+	e, err := t.start(ctx, Command{
+		Args: Shell(script), Stdin: strings.NewReader(strings.Join(marks, "\n") + "\n"), Stdout: &out, WaitDelay: reapTime,
+	}, internalCommand)
+	if err == nil {
+		err = e.run()
+	}
+	return out.buf.Bytes(), err
 }
 
 // parseReaped reads what the script says.

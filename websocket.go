@@ -103,7 +103,7 @@ func (r *restClient) dial(ctx context.Context, operation, secret string, hold <-
 			conn.Close()
 		}
 	})
-	u := "ws" + strings.TrimPrefix(r.base, "http") + "/1.0/operations/" + url.PathEscape(operation) + "/websocket?secret=" + url.QueryEscape(secret)
+	u := "ws" + strings.TrimPrefix(r.base, "http") + operationPath(operation) + "/websocket?secret=" + url.QueryEscape(secret)
 	ws, resp, err := r.dialer.DialContext(httptrace.WithClientTrace(ctx, trace), u, header)
 	if !stop() && err == nil {
 		// Closed behind the dialer's back, after the server had answered.
