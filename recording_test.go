@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -27,13 +28,13 @@ import (
 )
 
 // What a transport and a server say to each other: recorded by a proxy between the two, and played by a server that knows
-// nothing but its lines. Every connection over a unix socket has one request on it, and perhaps becomes a WebSocket.
+// nothing but its lines. Every connection over a unix socket has one request on it, and perhaps becomes a WebSocket or one of SFTP.
 
 // event is one line of a transcript.
 type event struct {
 	from    byte   // '>' the client's, '<' the server's
-	conn    string // exec, wait, operation, instance, server, 0, 1, 2, control
-	kind    string // request, response, body, eof, or a WebSocket's binary, text, ping, pong, close
+	conn    string // exec, wait, operation, instance, server, 0, 1, 2, control, sftp
+	kind    string // request, response, body, eof, a WebSocket's binary, text, ping, pong, close, or SFTP's open, status, ...
 	payload string
 }
 
@@ -67,29 +68,33 @@ func parseEvent(line string) (event, error) {
 
 // perConnection is what can be compared of two recordings. Connections go on beside each other, so that only the order on each is
 // meant; a ping comes whenever ten seconds are over; output is cut into messages by chance; and the end of a connection may
-// overtake what the other side still says. That the client ends one matters to the server only before the command's end.
+// overtake what the other side still says. That the client ends one matters to the server only before the command's end. Requests of
+// SFTP do not wait for each other's answers.
 func perConnection(events []event) string {
 	conns := map[string][]event{}
 	for _, e := range events {
-		list := conns[e.conn]
+		key := e.conn
+		if strings.HasPrefix(key, "sftp") {
+			key += string(e.from)
+		}
+		list := conns[key]
 		last := len(list) - 1
 		switch {
 		case e.kind == "ping", e.kind == "eof" && e.from == '>':
 		case last >= 0 && e.kind == "binary" && list[last].kind == "binary" && list[last].from == e.from:
 			list[last].payload += e.payload
 		case last >= 0 && list[last].kind == "eof":
-			conns[e.conn] = slices.Insert(list, last, e)
+			conns[key] = slices.Insert(list, last, e)
 		default:
-			conns[e.conn] = append(list, e)
+			conns[key] = append(list, e)
 		}
 	}
 	var all []string
-	for _, list := range conns {
-		for _, e := range list {
+	for _, key := range slices.Sorted(maps.Keys(conns)) {
+		for _, e := range conns[key] {
 			all = append(all, e.String())
 		}
 	}
-	slices.SortStableFunc(all, func(a, b string) int { return strings.Compare(strings.Fields(a)[1], strings.Fields(b)[1]) })
 	return strings.Join(all, "\n")
 }
 
@@ -115,6 +120,8 @@ func (s *script) name(r *http.Request) string {
 		name = "wait"
 	case strings.HasSuffix(path, "/exec"):
 		name = "exec"
+	case strings.HasSuffix(path, "/sftp"):
+		name = "sftp"
 	case strings.HasPrefix(path, "/1.0/operations/"):
 		name = "operation"
 	case strings.HasPrefix(path, "/1.0/instances/"):
@@ -185,6 +192,7 @@ var (
 	anySecret = regexp.MustCompile(`[0-9a-f]{64}`)
 	anyID     = regexp.MustCompile(`[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}`)
 	anyMark   = regexp.MustCompile(`TRANSPORT_COMMAND_[A-Z2-7]{26}`)
+	anyTemp   = regexp.MustCompile(`\.transport-[a-z2-7]{26}\.tmp`)
 	anyConfig = regexp.MustCompile(`"((?:expanded_)?config)":\{(?:"(?:[^"\\]|\\.)*":"(?:[^"\\]|\\.)*",?)*\}`) // the instance's, not the server's
 	anyTime   = regexp.MustCompile(`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`)
 )
@@ -203,9 +211,14 @@ func (r *recorder) normal(s string) string {
 		}
 		return fmt.Sprintf("ID-%d", slices.Index(r.ids, id)+1)
 	})
-	s = anyMark.ReplaceAllString(s, "TRANSPORT_COMMAND_MARK")
+	s = withoutMarks(s)
 	s = anyConfig.ReplaceAllString(anyTime.ReplaceAllString(s, "TIME"), `"$1":{}`)
 	return strings.ReplaceAll(s, r.instance, "INSTANCE")
+}
+
+// withoutMarks replaces what the client makes up. The name of a temporary file keeps its length, which SFTP writes before it.
+func withoutMarks(s string) string {
+	return anyTemp.ReplaceAllString(anyMark.ReplaceAllString(s, "TRANSPORT_COMMAND_MARK"), ".transport-"+strings.Repeat("x", 26)+".tmp")
 }
 
 // note writes down what has come, before it goes on: so that the order of all lines is one in which it can have happened.
@@ -304,10 +317,10 @@ func product(t testing.TB, body []byte) []byte {
 	return body
 }
 
-// copy passes frames on until the end.
+// copy passes frames or packets on until the end.
 func (r *recorder) copy(from byte, name string, src *bufio.Reader, dst *net.UnixConn) {
 	for {
-		f, err := readFrame(src)
+		f, err := readMessage(name, src)
 		if err != nil {
 			r.note(event{from, name, "eof", ""})
 			_ = dst.CloseWrite()
@@ -318,7 +331,7 @@ func (r *recorder) copy(from byte, name string, src *bufio.Reader, dst *net.Unix
 	}
 }
 
-// frame is one of a WebSocket.
+// frame is one of a WebSocket, or a packet of SFTP.
 type frame struct {
 	kind, payload string
 	raw           []byte
@@ -366,7 +379,72 @@ func readFrame(r *bufio.Reader) (frame, error) {
 	return f, err
 }
 
-// serverFrame is an unmasked frame.
+// readMessage reads a frame or a packet, as it is spoken on the connection.
+func readMessage(conn string, r *bufio.Reader) (frame, error) {
+	if strings.HasPrefix(conn, "sftp") {
+		return readPacket(r)
+	}
+	return readFrame(r)
+}
+
+// packets are the types of draft-ietf-secsh-filexfer-02, section 3.
+var packets = map[byte]string{
+	1: "init", 2: "version", 3: "open", 4: "close", 5: "read", 6: "write", 7: "lstat", 8: "fstat", 9: "setstat", 10: "fsetstat", 11: "opendir", 12: "readdir",
+	13: "remove", 14: "mkdir", 15: "rmdir", 16: "realpath", 17: "stat", 18: "rename", 19: "readlink", 20: "symlink", 101: "status", 102: "handle", 103: "data", 104: "name",
+	105: "attrs", 200: "extended", 201: "extended-reply",
+}
+
+func readPacket(r *bufio.Reader) (frame, error) {
+	head := make([]byte, 5)
+	if _, err := io.ReadFull(r, head); err != nil {
+		return frame{}, err
+	}
+	size := binary.BigEndian.Uint32(head)
+	if size < 1 || size > 16<<20 {
+		return frame{}, fmt.Errorf("a packet of %d bytes", size)
+	}
+	body := make([]byte, size-1)
+	_, err := io.ReadFull(r, body)
+	f := frame{kind: packets[head[4]], payload: string(body), raw: append(head, body...)}
+	if f.kind == "attrs" {
+		f.payload = string(withoutTimes(body))
+	}
+	return f, err
+}
+
+// withoutTimes is the body of ATTRS whose times are 0.
+func withoutTimes(body []byte) []byte {
+	const size, owner, permissions, times = 1, 2, 4, 8 // the flags, of section 5
+	if len(body) < 8 {
+		return body
+	}
+	flags, at := binary.BigEndian.Uint32(body[4:]), 8
+	for flag, length := range map[uint32]int{size: 8, owner: 8, permissions: 4} {
+		if flags&flag != 0 {
+			at += length
+		}
+	}
+	body = slices.Clone(body)
+	if flags&times != 0 && len(body) >= at+8 {
+		clear(body[at : at+8])
+	}
+	return body
+}
+
+// serverMessage is an unmasked frame, or a packet, as it is spoken on the connection.
+func serverMessage(conn, kind, payload string) []byte {
+	if !strings.HasPrefix(conn, "sftp") {
+		return serverFrame(kind, payload)
+	}
+	b := binary.BigEndian.AppendUint32(nil, uint32(1+len(payload)))
+	for number, k := range packets {
+		if k == kind {
+			b = append(b, number)
+		}
+	}
+	return append(b, payload...)
+}
+
 func serverFrame(kind, payload string) []byte {
 	var b []byte
 	for op, k := range opcodes {
@@ -452,7 +530,7 @@ func (p *player) serve(conn *net.UnixConn) {
 			if len(said) == 0 {
 				said = p.hear(name, in, e)
 			}
-			said[0].payload = anyMark.ReplaceAllString(said[0].payload, "TRANSPORT_COMMAND_MARK")
+			said[0].payload = withoutMarks(said[0].payload)
 			if !assert.Equal(p.t, e.String(), said[0].String(), "the recording has another line") {
 				p.stop()
 				return
@@ -468,6 +546,10 @@ func (p *player) serve(conn *net.UnixConn) {
 			_ = conn.CloseWrite()
 		case e.kind == "response" && e.payload == "101":
 			upgraded = true
+			if strings.HasPrefix(name, "sftp") {
+				fmt.Fprint(conn, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: sftp\r\nConnection: Upgrade\r\n\r\n")
+				continue
+			}
 			sum := sha1.Sum([]byte(req.Header.Get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
 			fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: %s\r\n\r\n",
 				base64.StdEncoding.EncodeToString(sum[:]))
@@ -477,13 +559,13 @@ func (p *player) serve(conn *net.UnixConn) {
 		case e.kind == "body":
 			fmt.Fprintln(conn, e.payload)
 		default:
-			_, _ = conn.Write(serverFrame(e.kind, e.payload))
+			_, _ = conn.Write(serverMessage(name, e.kind, e.payload))
 		}
 	}
 	assert.Empty(p.t, said, "the recording has no such connection")
 	_ = conn.CloseWrite()
 	for upgraded {
-		f, err := readFrame(in)
+		f, err := readMessage(name, in)
 		if err != nil {
 			return
 		}
@@ -495,7 +577,7 @@ func (p *player) serve(conn *net.UnixConn) {
 func (p *player) hear(name string, in *bufio.Reader, want event) []event {
 	got := event{from: '>', conn: name}
 	for {
-		f, err := readFrame(in)
+		f, err := readMessage(name, in)
 		if err != nil {
 			got.kind = "eof"
 			break

@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -14,9 +15,12 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
+	"testing/iotest"
 	"time"
 
+	lxd "github.com/canonical/lxd/client"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -30,14 +34,15 @@ var update = flag.Bool("update", false, "record testdata/transcripts anew, with 
 // recordings has a directory for every server and in it a file for every command.
 const recordings = "testdata/transcripts"
 
-// dialogue is a command whose transcript is kept.
+// dialogue is a command, or what is done with files, whose transcript is kept.
 type dialogue struct {
 	name   string
 	cmd    transport.Command
-	on     string                                                       // "": an instance that is running; stopped; nobody
-	typed  bool                                                         // Stdin is a pipe that then writes to
-	then   func(p transport.Process, in io.Writer, cancel func()) error // called when "ready" stands on stdout
-	onlyOn string                                                       // the fake needs this system for it
+	files  func(ctx context.Context, host transport.Transport, stdout io.Writer) error // instead of cmd, in the directory exchanged
+	on     string                                                                      // "": an instance that is running; stopped; nobody
+	typed  bool                                                                        // Stdin is a pipe that then writes to
+	then   func(p transport.Process, in io.Writer, cancel func()) error                // called when "ready" stands on stdout
+	onlyOn string                                                                      // the fake needs this system for it
 }
 
 // A terminal lingers until its output has arrived, because LXD 5.0 may lose what is written just before the end.
@@ -66,9 +71,49 @@ var dialogues = []dialogue{
 		cancel()
 		return nil
 	}},
+	{name: "upload", files: func(ctx context.Context, host transport.Transport, stdout io.Writer) error {
+		name := exchanged + "/new directory/file"
+		if err := host.Upload(ctx, name, strings.NewReader("first\n"), &transport.UploadOptions{MkdirAll: true, Mode: 0o600}); err != nil {
+			return err
+		}
+		when := time.Unix(1_000_000_000, 0)
+		if err := host.Upload(ctx, name, strings.NewReader("the second\x00\xff"), &transport.UploadOptions{ModTime: when}); err != nil {
+			return err
+		}
+		return host.Download(ctx, name, stdout, nil)
+	}},
+	{name: "upload-that-fails", files: func(ctx context.Context, host transport.Transport, _ io.Writer) error {
+		return host.Upload(ctx, exchanged+"/file", io.MultiReader(strings.NewReader("a part"), iotest.ErrReader(errOfSource)), nil)
+	}},
+	{name: "upload-to-nowhere", files: func(ctx context.Context, host transport.Transport, _ io.Writer) error {
+		return host.Upload(ctx, exchanged+"/there/is/none", strings.NewReader("lost"), nil)
+	}},
+	{name: "download-nothing", files: func(ctx context.Context, host transport.Transport, stdout io.Writer) error {
+		return host.Download(ctx, exchanged+"/none", stdout, nil)
+	}},
+	{name: "download-a-directory", files: func(ctx context.Context, host transport.Transport, stdout io.Writer) error {
+		return host.Download(ctx, exchanged, stdout, nil)
+	}},
+	{name: "download-a-part", files: func(ctx context.Context, host transport.Transport, stdout io.Writer) error {
+		if err := host.Upload(ctx, exchanged+"/part", strings.NewReader("0123456789abcdef"), nil); err != nil {
+			return err
+		}
+		if err := host.Download(ctx, exchanged+"/part", stdout, &transport.DownloadOptions{Offset: 10}); err != nil {
+			return err
+		}
+		return host.Download(ctx, exchanged+"/part", stdout, &transport.DownloadOptions{Limit: 15})
+	}},
+	{name: "files-of-nobody", on: "nobody", files: func(ctx context.Context, host transport.Transport, stdout io.Writer) error {
+		return host.Download(ctx, exchanged+"/none", stdout, nil)
+	}},
 	{name: "no-such-instance", on: "nobody", cmd: transport.Command{Args: []string{"true"}}},
 	{name: "stopped", on: "stopped", cmd: transport.Command{Args: []string{"true"}}},
 }
+
+// exchanged is the directory of the instance in which files are made, anew for each dialogue.
+const exchanged = "/tmp/transcript"
+
+var errOfSource = errors.New("the source's own")
 
 // patient makes a command be killed soon after its context has ended.
 func patient(cmd transport.Command) transport.Command {
@@ -76,18 +121,43 @@ func patient(cmd transport.Command) transport.Command {
 	return cmd
 }
 
-// TestTranscripts has the transport talk to recordings of real servers, compares what the fake says with them, and, where the environment
-// names an LXD of the same version, what that says today. With -update it records.
-func TestTranscripts(t *testing.T) {
-	real := ""
-	if reallxd.Available() {
-		info, _, err := reallxd.Unix(t).GetServer()
+// realServer is one that runs and that recordings are made of.
+type realServer struct {
+	socket, image string
+	server        lxd.InstanceServer
+	instance      func() string // one that is running
+}
+
+// realServers are those that the environment names, by their products and versions.
+func realServers(t *testing.T) map[string]realServer {
+	all := map[string]realServer{}
+	add := func(r realServer) {
+		info, _, err := r.server.GetServer()
 		require.NoError(t, err)
-		real = "lxd-" + info.Environment.ServerVersion
+		all[info.Environment.Server+"-"+info.Environment.ServerVersion] = r
 	}
+	if reallxd.Available() {
+		add(realServer{
+			socket: os.Getenv("TRANSPORT_LXD_SOCKET"), image: os.Getenv("TRANSPORT_LXD_IMAGE"),
+			server: reallxd.Unix(t), instance: func() string { return reallxd.Instance(t) },
+		})
+	}
+	if socket := os.Getenv("TRANSPORT_INCUS_SOCKET"); socket != "" {
+		ways, instance := reallxd.Incus(t)
+		add(realServer{socket: socket, image: os.Getenv("TRANSPORT_INCUS_IMAGE"), server: ways[0], instance: func() string { return instance }})
+	}
+	return all
+}
+
+// TestTranscripts has the transport talk to recordings of real servers, compares what the fake says with them, and, where the environment
+// names an LXD or an Incus of the same version, what that says today. With -update it records.
+func TestTranscripts(t *testing.T) {
+	real := realServers(t)
 	if *update {
-		require.True(t, reallxd.Available(), `-update records what a running LXD says, and TRANSPORT_LXD_SOCKET names none: scripts/lxd up; eval "$(scripts/lxd env)"`)
-		record(t, filepath.Join(recordings, real), dialogues, onRealServer)
+		require.NotEmpty(t, real, `-update records what running servers say, and neither TRANSPORT_LXD_SOCKET nor TRANSPORT_INCUS_SOCKET names one: scripts/lxd up; eval "$(scripts/lxd env)"; scripts/incus up; eval "$(scripts/incus env)"`)
+		for name, r := range real {
+			record(t, filepath.Join(recordings, name), dialogues, r.recorded)
+		}
 	}
 	dirs, err := os.ReadDir(recordings)
 	require.NoError(t, err)
@@ -109,10 +179,10 @@ func TestTranscripts(t *testing.T) {
 					t.Parallel()
 					same(t, want, onFakeServer(t, d, *version))
 				})
-				if real == dir.Name() && !*update {
+				if r, ok := real[dir.Name()]; ok && !*update {
 					t.Run("real", func(t *testing.T) {
 						t.Parallel()
-						same(t, want, onRealServer(t, d))
+						same(t, want, r.recorded(t, d))
 					})
 				}
 			})
@@ -247,19 +317,18 @@ func readTranscript(t *testing.T, file string) transcript {
 	return tr
 }
 
-// onRealServer has a dialogue with the LXD that the environment names.
-func onRealServer(t *testing.T, d dialogue) transcript {
+// recorded has a dialogue with the server.
+func (r realServer) recorded(t *testing.T, d dialogue) transcript {
 	t.Helper()
 	instance := "nobody"
 	switch d.on {
 	case "":
-		instance = reallxd.Instance(t)
+		instance = r.instance()
 	case "stopped":
-		s := reallxd.Unix(t)
-		instance = reallxd.Create(t, s)
-		defer reallxd.Delete(t, s, instance)
+		instance = reallxd.CreateFrom(t, r.server, r.image)
+		defer reallxd.Delete(t, r.server, instance)
 	}
-	return recorded(t, d, os.Getenv("TRANSPORT_LXD_SOCKET"), instance)
+	return recorded(t, d, r.socket, instance)
 }
 
 func onFakeServer(t *testing.T, d dialogue, version lxdtest.Version) transcript {
@@ -280,6 +349,13 @@ func onFakeServer(t *testing.T, d dialogue, version lxdtest.Version) transcript 
 
 func recorded(t *testing.T, d dialogue, upstream, instance string) transcript {
 	t.Helper()
+	if d.files != nil && d.on == "" {
+		host, err := transport.NewLXD(offline(t, upstream), instance, nil)
+		require.NoError(t, err)
+		again := transport.Shell(`rm -rf "$1" && mkdir -p "$1"`, exchanged[1:]) // relative: the fake's commands see this machine's root
+		require.NoError(t, host.Exec(soon(t), transport.Command{Args: again, Dir: "/"}))
+		require.NoError(t, host.Close())
+	}
 	r := newRecorder(t, upstream, instance)
 	socket, stop := listen(t, r.serve)
 	tr := d.run(t, socket, instance)
@@ -297,7 +373,7 @@ func replay(t *testing.T, d dialogue, want transcript) {
 	p.complete()
 }
 
-// run runs the command.
+// run runs the command, or does what is to be done with files.
 func (d dialogue) run(t *testing.T, socket, instance string) (tr transcript) {
 	t.Helper()
 	host, err := transport.NewLXD(offline(t, socket), instance, nil)
@@ -316,6 +392,14 @@ func (d dialogue) run(t *testing.T, socket, instance string) (tr transcript) {
 	defer typing.Close()
 	if d.typed {
 		cmd.Stdin = in
+	}
+	if d.files != nil {
+		tr.verdict = "success"
+		if err := d.files(ctx, host, stdout); err != nil {
+			tr.verdict = verdictOf(err)
+		}
+		tr.stdout = stdout.buf.String()
+		return tr
 	}
 	p, err := host.Start(ctx, cmd)
 	if err == nil && d.then != nil {
@@ -357,6 +441,11 @@ func verdictOf(err error) string {
 		all = append(all, fmt.Sprintf("exit %d", code))
 	}
 	for _, known := range []error{transport.ErrNotStarted, transport.ErrOutputLost, transport.ErrNotRunning, transport.ErrNoHost, transport.ErrUnauthorized, context.Canceled} {
+		if errors.Is(err, known) {
+			all = append(all, strings.TrimPrefix(known.Error(), "transport: "))
+		}
+	}
+	for _, known := range []error{fs.ErrNotExist, fs.ErrPermission, syscall.EISDIR, transport.ErrLimit, errOfSource} {
 		if errors.Is(err, known) {
 			all = append(all, strings.TrimPrefix(known.Error(), "transport: "))
 		}

@@ -116,7 +116,7 @@ func TestEnds(t *testing.T) {
 		for _, c := range ends {
 			t.Run(way+"/"+c.name, func(t *testing.T) {
 				t.Parallel()
-				s := scenario{}.fake(t, "c1", way == "https")
+				s := scenario{}.fake(t, lxdtest.LXD50, "c1", way == "https")
 				w := fakeWire(t, s, "c1")
 				c.do(w, c.fake(s))
 				w.expect(c.want)
@@ -136,7 +136,7 @@ func TestDifferentialEnds(t *testing.T) {
 				w := real.of(real.instance)
 				w.t = t
 				c.do(w, c.real(t, d))
-				s := scenario{}.fake(t, w.instance, way == "https")
+				s := scenario{}.fake(t, lxdtest.LXD50, w.instance, way == "https")
 				f := fakeWire(t, s, w.instance)
 				c.do(f, c.fake(s))
 				require.Equal(t, w.transcript(), f.transcript(), "expected is the real server's")

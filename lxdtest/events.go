@@ -47,12 +47,19 @@ func (s *Server) emit(kind, project string, metadata any) {
 }
 
 // lifecycle is an event about an instance.
-func (s *Server) lifecycle(action string, i *instance, context map[string]any) {
-	s.emit("lifecycle", i.Project, struct {
-		Action  string         `json:"action"`
-		Source  string         `json:"source"`
-		Context map[string]any `json:"context,omitempty"`
-	}{action, i.url(), context})
+func (s *Server) lifecycle(by *requestorJSON, action string, i *instance, context map[string]any) {
+	e := struct {
+		Action    string         `json:"action"`
+		Source    string         `json:"source"`
+		Context   map[string]any `json:"context,omitempty"`
+		Requestor *requestorJSON `json:"requestor,omitempty"`
+		Name      string         `json:"name,omitempty"`
+		Project   string         `json:"project,omitempty"`
+	}{Action: action, Source: i.url(), Context: context}
+	if s.Version.EventDetails {
+		e.Name, e.Project, e.Requestor = i.Name, i.Project, by
+	}
+	s.emit("lifecycle", i.Project, e)
 }
 
 func (s *Server) getEvents(w http.ResponseWriter, r *http.Request) {
@@ -62,7 +69,7 @@ func (s *Server) getEvents(w http.ResponseWriter, r *http.Request) {
 		types = strings.Split(t, ",")
 		for _, name := range types {
 			if !slices.Contains([]string{"logging", "operation", "lifecycle", "ovn"}, name) {
-				s.fail(w, 500, `"`+name+`" isn't a supported event type`)
+				s.fail(w, s.Version.BadEventType, `"`+name+`" isn't a supported event type`)
 				return
 			}
 		}

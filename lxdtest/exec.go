@@ -3,6 +3,7 @@ package lxdtest
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"net/http"
@@ -266,7 +267,7 @@ func (x *execution) run() {
 		p.deliver(9)
 	default:
 	}
-	x.s.lifecycle("instance-exec", x.instance, map[string]any{"command": x.req.Command})
+	x.s.lifecycle(x.op.by, "instance-exec", x.instance, map[string]any{"command": x.req.Command})
 	x.s.spawn("process "+strconv.Quote(x.req.Command[0])+" of operation "+x.op.id, func() { p.run(x.handler()) })
 	x.strike(OnStart)
 	select {
@@ -404,7 +405,7 @@ func (x *execution) cannotStart() (text string, hasCode bool) {
 		long = long || len(k)+1+len(v) >= maxArg
 	}
 	if long {
-		return "fork/exec /usr/bin/" + x.s.Version.Server + ": argument list too long", true
+		return "fork/exec " + x.s.Version.Executable + ": argument list too long", true
 	}
 	return "", false
 }
@@ -803,7 +804,10 @@ func (s *Server) getLog(w http.ResponseWriter, r *http.Request) {
 	if !ok {
 		return
 	}
-	name := filepath.Base(r.PathValue("file"))
+	name, ok := s.logName(w, r)
+	if !ok {
+		return
+	}
 	f, err := os.Open(s.logPath(i, name))
 	if err != nil {
 		s.fail(w, 500, "open "+name+": no such file or directory")
@@ -820,13 +824,28 @@ func (s *Server) getLog(w http.ResponseWriter, r *http.Request) {
 	http.ServeContent(w, r, "", info.ModTime(), f)
 }
 
+// logName is the name of a file of recorded output, or the request has been refused: where such files have a directory of their own, they are in
+// no other one.
+func (s *Server) logName(w http.ResponseWriter, r *http.Request) (string, bool) {
+	name := filepath.Base(r.PathValue("file"))
+	if s.Version.ExecOutputDir && !strings.Contains(r.URL.Path, "/exec-output/") {
+		s.fail(w, 400, fmt.Sprintf("Log file name %q not valid", name))
+		return "", false
+	}
+	return name, true
+}
+
 func (s *Server) deleteLog(w http.ResponseWriter, r *http.Request) {
 	i, ok := s.instanceOf(w, r)
 	if !ok {
 		return
 	}
-	if err := os.Remove(s.logPath(i, filepath.Base(r.PathValue("file")))); err != nil {
-		s.fail(w, 500, "remove "+r.PathValue("file")+": no such file or directory")
+	name, ok := s.logName(w, r)
+	if !ok {
+		return
+	}
+	if err := os.Remove(s.logPath(i, name)); err != nil {
+		s.fail(w, 500, "remove "+name+": no such file or directory")
 		return
 	}
 	s.reply(w, empty)

@@ -74,8 +74,15 @@ func (s *Server) routes() http.Handler {
 	add("/1.0/projects/{name}", RouteServer, methods{"GET": s.getProject})
 	add("/1.0/profiles", RouteServer, methods{"GET": s.getProfiles})
 	add("/1.0/profiles/{name}", RouteServer, methods{"GET": s.getProfile})
-	add("/", routeNotDefined, nil)
-	return mux
+	nowhere := s.entry(routeNotDefined, nil)
+	mux.Handle("/", nowhere)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if s.Version.StrictPaths && strings.Contains(r.URL.Path, "//") {
+			nowhere.ServeHTTP(w, r)
+			return
+		}
+		mux.ServeHTTP(w, r)
+	})
 }
 
 // entry is where every request comes in: it is counted, recorded, and struck by

@@ -532,7 +532,7 @@ func (s *Server) postInstance(w http.ResponseWriter, r *http.Request) {
 	case req.Source.Type != "image" && req.Source.Type != "none" && req.Source.Type != "copy":
 		s.fail(w, 400, "Unknown source type "+req.Source.Type)
 		return
-	case req.Source.Type == "image" && req.Source.Alias != "" && !s.hasAlias(req.Source.Alias):
+	case req.Source.Type == "image" && req.Source.Alias != "" && !s.hasAlias(req.Source.Alias) && !s.Version.LateAlias:
 		s.fail(w, 404, "Image alias not found")
 		return
 	case !validName.MatchString(req.Name):
@@ -547,29 +547,33 @@ func (s *Server) postInstance(w http.ResponseWriter, r *http.Request) {
 	shell := &instance{Instance: wanted, s: s, model: model}
 	s.background(w, r, "Creating instance", shell, true, func() error {
 		if model != nil {
-			if len(req.Profiles) == 0 && len(req.Devices) == 0 {
+			if !s.Version.CopyProfiles && len(req.Profiles) == 0 && len(req.Devices) == 0 {
 				return errors.New("Failed creating instance record: Failed initialising instance: Failed getting root disk: No root device could be found")
 			}
-			return s.copyInstance(model, wanted)
+			return s.copyInstance(r, model, wanted)
 		}
-		if image != "" && req.Source.Alias == "" && !s.hasImage(image) {
+		unknown := image != "" && !s.hasImage(image)
+		if alias := req.Source.Alias; alias != "" {
+			unknown = !s.hasAlias(alias)
+		}
+		if unknown {
 			return errors.New("Failed creating instance from image: Image not found")
 		}
 		i, err := s.add(wanted, image)
 		if err != nil {
 			return errors.New("Failed creating instance record: " + err.Error())
 		}
-		s.lifecycle("instance-created", i, nil)
+		s.lifecycle(s.requestorOf(r), "instance-created", i, nil)
 		if req.Start {
 			i.set(Running)
-			s.lifecycle("instance-started", i, nil)
+			s.lifecycle(s.requestorOf(r), "instance-started", i, nil)
 		}
 		return nil
 	})
 }
 
 // copyInstance makes an instance with the configuration and the files of another one. What is wanted wins.
-func (s *Server) copyInstance(model *instance, wanted Instance) error {
+func (s *Server) copyInstance(r *http.Request, model *instance, wanted Instance) error {
 	model.mu.Lock()
 	config, image := maps.Clone(model.Config), model.image
 	model.mu.Unlock()
@@ -582,7 +586,7 @@ func (s *Server) copyInstance(model *instance, wanted Instance) error {
 	if err := os.CopyFS(i.Root, model.tree.root.FS()); err != nil {
 		return errors.New("Failed creating instance from copy: " + err.Error())
 	}
-	s.lifecycle("instance-created", i, nil)
+	s.lifecycle(s.requestorOf(r), "instance-created", i, nil)
 	return nil
 }
 
@@ -620,7 +624,7 @@ func (s *Server) putInstance(w http.ResponseWriter, r *http.Request) {
 			}
 		}
 		i.mu.Unlock()
-		s.lifecycle("instance-updated", i, nil)
+		s.lifecycle(s.requestorOf(r), "instance-updated", i, nil)
 		return nil
 	}
 	if r.Method == "PATCH" {
@@ -686,10 +690,10 @@ func (s *Server) putState(w http.ResponseWriter, r *http.Request) {
 		if err := st.f(); err != nil {
 			return err
 		}
-		s.lifecycle(st.event, i, nil)
+		s.lifecycle(s.requestorOf(r), st.event, i, nil)
 		if req.Action == "stop" && i.Ephemeral {
 			s.remove(i)
-			s.lifecycle("instance-deleted", i, nil)
+			s.lifecycle(s.requestorOf(r), "instance-deleted", i, nil)
 		}
 		return nil
 	})
@@ -729,7 +733,7 @@ func (s *Server) deleteInstance(w http.ResponseWriter, r *http.Request) {
 	}
 	s.background(w, r, "Deleting instance", i, true, func() error {
 		s.remove(i)
-		s.lifecycle("instance-deleted", i, nil)
+		s.lifecycle(s.requestorOf(r), "instance-deleted", i, nil)
 		return nil
 	})
 }

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 )
@@ -41,7 +42,7 @@ type operation struct {
 	description string
 	project     string
 	requestor   string
-	unix        bool // the requestor came over a unix socket
+	by          *requestorJSON
 	created     time.Time
 	resources   map[string][]string
 	mayCancel   bool
@@ -87,9 +88,9 @@ func (s *Server) newOperation(r *http.Request, class, description string, i *ins
 	who, _ := s.identity(r)
 	now := time.Now().UTC()
 	op := &operation{
-		s: s, id: s.newID(now), class: class, description: description, project: i.Project, requestor: who, unix: r.TLS == nil,
+		s: s, id: s.newID(now), class: class, description: description, project: i.Project, requestor: who, by: s.requestorOf(r),
 		created: now, updated: now, status: codeRunning, metadata: metadata, done: make(chan struct{}),
-		resources: s.resources(i, description, bothResources),
+		resources: s.resources(i, class, description, bothResources),
 	}
 	if s.Version.EntityURL {
 		if op.metadata == nil {
@@ -114,19 +115,21 @@ func (op *operation) born() {
 
 // resources are what the operation is about. A release that says it in the metadata was seen to leave out that of an exec; lxc launch
 // cannot do without.
-func (s *Server) resources(i *instance, description string, both bool) map[string][]string {
+func (s *Server) resources(i *instance, class, description string, both bool) map[string][]string {
 	if s.Version.EntityURL && description == executing {
 		return map[string][]string{}
 	}
 	res := map[string][]string{"instances": {i.url()}}
-	if both {
+	if both && i.model != nil {
+		res["instances"] = append(res["instances"], i.model.url())
+	}
+	if both && (!s.Version.NoContainers || class == "task" && description == executing) {
 		old := "/1.0/instances/"
 		if s.Version.OldResources {
 			old = "/1.0/containers/"
 		}
 		res["containers"] = []string{old + i.Name}
 		if i.model != nil {
-			res["instances"] = append(res["instances"], i.model.url())
 			res["containers"] = append(res["containers"], old+i.model.Name)
 		}
 	}
@@ -173,6 +176,9 @@ func (op *operation) render(others bool) operationJSON {
 		Status: statusNames[op.status], StatusCode: op.status, Resources: op.resources, Metadata: maps.Clone(op.metadata),
 		MayCancel: op.mayCancel, Err: op.err, Location: "none",
 	}
+	if j.Metadata == nil && op.s.Version.EmptyMetadata {
+		j.Metadata = map[string]any{}
+	}
 	if others && op.s.Version.HideSecrets {
 		delete(j.Metadata, "fds")
 	}
@@ -184,12 +190,17 @@ func (op *operation) render(others bool) operationJSON {
 		j.ErrCode = &code
 	}
 	if op.s.Version.Requestor {
-		j.Requestor = &requestorJSON{Username: "root", Protocol: "unix", Address: "@"}
-		if !op.unix {
-			j.Requestor = &requestorJSON{Username: op.requestor, Protocol: "tls", Address: "127.0.0.1"}
-		}
+		j.Requestor = op.by
 	}
 	return j
+}
+
+func (s *Server) requestorOf(r *http.Request) *requestorJSON {
+	if r.TLS == nil {
+		return &requestorJSON{Username: "root", Protocol: "unix", Address: "@"}
+	}
+	who, _ := s.identity(r)
+	return &requestorJSON{Username: who, Protocol: "tls", Address: "127.0.0.1"}
 }
 
 func (op *operation) final() bool {
@@ -398,7 +409,10 @@ func (s *Server) getWait(w http.ResponseWriter, r *http.Request) {
 	case failed && style == WaitHTTPError:
 		s.fail(w, refusal.Status, refusal.Text)
 	case failed && style == WaitErrorBody:
-		_, _ = w.Write(encode(envelope{Type: "error", ErrorCode: refusal.Status, Error: refusal.Text}))
+		if !strings.HasPrefix(refusal.Text, "Command not ") { // found, or executable: these have a status of their own
+			refusal.Status = 500
+		}
+		_, _ = w.Write(append(encode(envelope{Type: "error", ErrorCode: refusal.Status, Error: refusal.Text}), '\n'))
 	default:
 		s.reply(w, state)
 	}

@@ -189,7 +189,12 @@ var execScenarios = []scenario{
 	{"an environment that is too long", func(w *wire) {
 		s := w.exec(ws(`["true"]`, `,"environment":{"A":"`+strings.Repeat("x", 140000)+`"}`)).all()
 		s.frames()
-		status, ret, text := s.state()
+		var status, text string
+		var ret any
+		until(w.t, func() bool {
+			status, ret, text = s.state()
+			return status != "Running"
+		})
 		w.note("%s %v %s", status, ret, text)
 	}, []string{`1: END ""`, "Failure -1 fork/exec /usr/bin/lxd: argument list too long"}},
 

@@ -3,7 +3,7 @@ package lxdtest_test
 import (
 	"encoding/json"
 	"fmt"
-	"os"
+	"net/http"
 	"strings"
 
 	"github.com/stretchr/testify/require"
@@ -14,7 +14,7 @@ var instanceScenarios = []scenario{
 	{"states of an instance", func(w *wire) {
 		// The instance of its own is called as the other one, with an x.
 		own := "/1.0/instances/INSTANCEx"
-		image := os.Getenv("TRANSPORT_LXD_IMAGE")
+		image := w.image
 		result := func(b []byte) {
 			s := w.session(b)
 			_, b = w.get("GET", "/1.0/operations/"+s.id+"/wait", "", "")
@@ -54,7 +54,7 @@ var instanceScenarios = []scenario{
 
 	{"copies of an instance", func(w *wire) {
 		model, copied := "/1.0/instances/INSTANCEm", "/1.0/instances/INSTANCEn"
-		image := os.Getenv("TRANSPORT_LXD_IMAGE")
+		image := w.image
 		wait := func(b []byte) {
 			_, b = w.get("GET", "/1.0/operations/"+w.session(b).id+"/wait", "", "")
 			var a struct{ Metadata struct{ Status, Err string } }
@@ -101,7 +101,11 @@ var instanceScenarios = []scenario{
 		require.NoError(w.t, json.Unmarshal(b, &a))
 		_, has := a.Metadata.Config["user.a"]
 		w.note("%v %q %q", has, a.Metadata.Config["user.b"], a.Metadata.Config["user.c"])
-		_, b = w.get("GET", copied+"/files?path=/root/kept", "", "")
+		until(w.t, func() bool { // as above
+			var res *http.Response
+			res, b = w.get("GET", copied+"/files?path=/root/kept", "", "")
+			return res.StatusCode != 500
+		})
 		w.note("%s", b)
 	}, []string{"clustered", "400", "404", "no-such-instance", "Failure", "No root device", "Success", `"1" "3" "4" true Stopped`, `false "3" "5"`, "content"}},
 
@@ -173,7 +177,7 @@ var instanceScenarios = []scenario{
 // ownInstance makes and starts an instance for one conversation. It is called as the other one, with a suffix.
 func ownInstance(w *wire, suffix, config string) string {
 	own := "/1.0/instances/INSTANCE" + suffix
-	w.settle("POST", "/1.0/instances", `{"name":"`+w.instance+suffix+`","config":{`+config+`},"source":{"type":"image","alias":"`+os.Getenv("TRANSPORT_LXD_IMAGE")+`"}}`)
+	w.settle("POST", "/1.0/instances", `{"name":"`+w.instance+suffix+`","config":{`+config+`},"source":{"type":"image","alias":"`+w.image+`"}}`)
 	w.t.Cleanup(func() {
 		w.settle("PUT", own+"/state", `{"action":"stop","force":true}`)
 		w.settle("DELETE", own, "")

@@ -64,7 +64,9 @@ var requestScenarios = []scenario{
 	{"the answer to a request with sockets", func(w *wire) {
 		s := w.session(w.do("POST", "/1.0/instances/INSTANCE/exec", "", ws(`["true"]`, `,"environment":{"A":"b","LANG":"C"},"record-output":true,"nonsense":1`)))
 		w.note("%d secrets", len(s.fds))
-		s.all().finish()
+		if len(s.fds) > 0 { // newer releases refuse it
+			s.all().finish()
+		}
 		i := w.session(w.do("POST", "/1.0/instances/INSTANCE/exec", "", ws(`["true"]`, `,"interactive":true,"user":5,"group":6,"cwd":"/tmp"`)))
 		w.note("%d secrets", len(i.fds))
 		i.open("0", "control")
@@ -95,6 +97,9 @@ var requestScenarios = []scenario{
 	{"a terminal without sockets, and one whose output is to be recorded", func(w *wire) {
 		w.session(w.do("POST", "/1.0/instances/INSTANCE/exec", "", `{"command":["sh","-c","exit 3"],"interactive":true}`)).result()
 		s := w.session(w.do("POST", "/1.0/instances/INSTANCE/exec", "", ws(`["sh","-c","echo hi`+linger+`"]`, `,"interactive":true,"record-output":true`)))
+		if len(s.fds) == 0 {
+			return // newer releases refuse it
+		}
 		s.open("0", "control")
 		s.mark("0")
 		s.text("0", "")

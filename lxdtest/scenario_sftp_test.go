@@ -173,7 +173,7 @@ var sftpScenarios = []scenario{
 		}
 		x.ask(99)
 		// It takes the process with it that all sessions and the real server's file requests share.
-		w.note("another session: %q", bystander.receive())
+		w.note("another session: %q", bystander.reply(16, "/"))
 		until(w.t, func() bool {
 			res, _ := w.get("GET", "/1.0/instances/INSTANCE/files?path=/etc", "", "")
 			return res.StatusCode == 200

@@ -52,13 +52,21 @@ type Version struct {
 	EntityURL       bool // operations have metadata.entity_url, and that of an exec no resources
 	UUIDv7          bool // operation ids are sorted by time
 	OldResources    bool // resources.containers names /1.0/containers/…
+	NoContainers    bool // resources has instances only, but that of an exec without sockets
+	EmptyMetadata   bool // an operation that has none says {}, not null
+	EventDetails    bool // lifecycle events have requestor, name and project
+	BadEventType    int  // status of the refusal of a type of events that does not exist
+	StrictPaths     bool // an address with an empty part does not exist; otherwise clients are sent to the one without
+	CopyProfiles    bool // a copy that names no profiles has those of its source; otherwise it has none, and no disk
+	LateAlias       bool // an alias of an image that does not exist makes the operation fail, not the request
 	ContainersAlias bool // /1.0/containers and /1.0/virtual-machines exist
 
 	// Exec.
-	StrictRecording bool // record-output with a websocket or a terminal is refused
-	ExecOutputDir   bool // recorded output is below logs/exec-output/
-	FailedStatus    bool // 126 and 127 make the operation fail
-	VMLost          int  // return of an exec whose virtual machine went away
+	StrictRecording bool   // record-output with a websocket or a terminal is refused
+	ExecOutputDir   bool   // recorded output is below logs/exec-output/
+	FailedStatus    bool   // 126 and 127 make the operation fail
+	Executable      string // of the server, which starts commands
+	VMLost          int    // return of an exec whose virtual machine went away
 
 	// Files.
 	HeaderPrefix    string // of X-LXD-uid and its like
@@ -129,7 +137,7 @@ var (
 		StallTimeout: 2 * time.Minute,
 		PingPayload:  "keepalive", PingOnUnix: true, MessageMax: 64 << 10, StdinWhole: true, InputHangsUp: true,
 		Wait: WaitPlain, BadSecret: Refusal{500, "permission denied"}, MissingSecret: "missing secret",
-		OldResources: true, ContainersAlias: true, FailedStatus: true, VMLost: -1,
+		OldResources: true, ContainersAlias: true, BadEventType: 500, FailedStatus: true, Executable: "/usr/bin/lxd", VMLost: -1,
 		HeaderPrefix: "X-LXD-", DirMode: 0o750, StaleLength: true, SFTPPacket: 32 << 10, SFTPBlocksStops: true, SFTPShared: true, SilenceBlocks: true,
 		Texts: Texts{
 			NotFound: "not found", Forbidden: "not authorized", InstanceNotFound: "Instance not found", ProjectNotFound: "Instance not found",
@@ -177,8 +185,12 @@ var (
 		v.Name, v.Server, v.Release = "Incus 6.0.4", "incus", "6.0.4"
 		v.Extensions = extended(baseExtensions, "operations_get_query_all_projects", "operation_wait", "oidc", "auth_tls_jwt")
 		v.PingPayload, v.PingOnUnix, v.DuplicateBug = "keepalive", true, false
-		v.RequestorCheck, v.Requestor, v.ContainersAlias = "Requestor mismatch", false, false
+		v.RequestorCheck, v.Requestor, v.ContainersAlias, v.NoContainers = "Requestor mismatch", false, false, true
 		v.HeaderPrefix, v.DirMode, v.ModifyPerm, v.StrictHeaders = "X-Incus-", 0o755, false, false
+		v.HideSecrets, v.SFTPOpenMode, v.SFTPSetuid, v.SFTPShared = true, false, false, true
+		v.EmptyMetadata, v.EventDetails, v.BadEventType, v.StrictPaths, v.LateAlias, v.CopyProfiles = true, true, 400, true, true, true
+		v.Executable, v.Texts.NotFound = "/usr/libexec/incus/incusd", "not found"
+		v.Texts.InstanceNotFound = `Failed to fetch instance "{name}" in project "{project}": Instance not found`
 		v.Texts.FileType, v.Texts.WriteMode = "Bad file type: {value}", "Bad file write mode: {value}"
 		v.Texts.AgentDown = "VM agent isn't currently running"
 	})
@@ -188,7 +200,7 @@ var (
 		v.Name, v.Release = "Incus 7.0.2", "7.0.2"
 		v.Extensions = extended(v.Extensions, "custom_volume_sftp", "file_storage_volume", "file_delete_force", "core_https_allowed_websocket_origin")
 		v.ConnectWindow, v.ControlMax, v.CheckOrigin = 10*time.Second, 32<<10, true
-		v.Wait, v.Delete, v.HideSecrets = WaitEarly, DeleteFails, true
+		v.Wait, v.Delete = WaitEarly, DeleteFails
 		v.OctalMode, v.ForceDelete, v.SFTPPacket = true, true, 128<<10
 	})
 )

@@ -35,6 +35,8 @@ type wire struct {
 	address  string // host:port, with
 	tls      *tls.Config
 	instance string
+	image    string // that instances are made from
+	headers  string // what the names of the product's own headers begin with
 
 	mu   sync.Mutex
 	log  []string
@@ -43,7 +45,10 @@ type wire struct {
 
 // fakeWire is a wire to a server that Start or StartTLS was called on.
 func fakeWire(t testing.TB, s *lxdtest.Server, instance string) *wire {
-	w := &wire{t: t, socket: s.Socket, instance: instance}
+	w := &wire{t: t, socket: s.Socket, instance: instance, headers: s.Version.HeaderPrefix}
+	if len(s.Images) > 0 {
+		w.image = s.Images[0]
+	}
 	if s.Socket == "" {
 		w.address, w.tls = strings.TrimPrefix(s.URL, "https://"), s.ClientTLS()
 	}
@@ -52,7 +57,7 @@ func fakeWire(t testing.TB, s *lxdtest.Server, instance string) *wire {
 
 // of is a wire to the same server that has another instance in mind.
 func (w *wire) of(instance string) *wire {
-	return &wire{t: w.t, socket: w.socket, address: w.address, tls: w.tls, instance: instance}
+	return &wire{t: w.t, socket: w.socket, address: w.address, tls: w.tls, instance: instance, image: w.image, headers: w.headers}
 }
 
 var replacements = []struct {
@@ -103,7 +108,7 @@ func (w *wire) url(path string) string {
 	return "https://" + w.address + path
 }
 
-// get makes a request without noting anything but that there is no answer. header is "Name: value" lines.
+// get makes a request without noting anything but that there is no answer. header is "Name: value" lines; X-LXD- stands for what the product has.
 func (w *wire) get(method, path, header, body string) (*http.Response, []byte) {
 	res, b, err := w.ask(context.Background(), method, path, header, body)
 	if err != nil {
@@ -121,7 +126,7 @@ func (w *wire) ask(ctx context.Context, method, path, header, body string) (*htt
 	}
 	for line := range strings.SplitSeq(header, "\n") {
 		if k, v, ok := strings.Cut(line, ": "); ok {
-			r.Header.Set(k, v)
+			r.Header.Set(strings.Replace(k, "X-LXD-", w.headers, 1), v)
 		}
 	}
 	res, err := w.client().Do(r)

@@ -138,10 +138,16 @@ func CleanUp() error {
 // Create makes a stopped instance from the image that the environment names.
 func Create(t testing.TB, s lxd.InstanceServer) string {
 	t.Helper()
+	return CreateFrom(t, s, os.Getenv("TRANSPORT_LXD_IMAGE"))
+}
+
+// CreateFrom makes a stopped instance from the image with this alias.
+func CreateFrom(t testing.TB, s lxd.InstanceServer, image string) string {
+	t.Helper()
 	name := "t" + strings.ToLower(rand.Text()[:10])
 	err := do(s, http.MethodPost, "/1.0/instances", api.InstancesPost{
 		Name:   name,
-		Source: api.InstanceSource{Type: "image", Alias: os.Getenv("TRANSPORT_LXD_IMAGE")},
+		Source: api.InstanceSource{Type: "image", Alias: image},
 	})
 	if err != nil {
 		t.Fatal(err)
