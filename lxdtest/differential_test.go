@@ -110,6 +110,9 @@ func differs(t *testing.T, version lxdtest.Version, ways map[string]*wire) {
 					if c.slow() && os.Getenv("TRANSPORT_SLOW_TESTS") == "" {
 						t.Skip("set TRANSPORT_SLOW_TESTS to have it")
 					}
+					if version.Name == lxdtest.Incus7.Name && c.name == "a signal in an instance that is frozen" {
+						t.Skip("with version 2 of cgroups, which newer LXC uses, the kernel ends what is frozen by a signal that it does not catch")
+					}
 					if !c.alone() {
 						t.Parallel()
 					}

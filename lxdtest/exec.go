@@ -73,7 +73,7 @@ type execution struct {
 	process  *Process
 	started  bool
 	over     bool
-	failing  bool // cancelled in the way of DeleteFails
+	killed   bool // cancelled in the way of DeleteCancels
 	lost     bool // with its virtual machine
 	stdin    int64
 	exitCode *int
@@ -136,7 +136,7 @@ func (s *Server) postExec(w http.ResponseWriter, r *http.Request) {
 	}
 	op := s.newOperation(r, class, executing, i, true, metadata)
 	x.op, op.exec = op, x
-	op.mayCancel = s.Version.Delete == DeleteKills || s.Version.Delete == DeleteFails && req.WaitForWebsocket
+	op.mayCancel = s.Version.Delete == DeleteKills || s.Version.Delete == DeleteCancels && req.WaitForWebsocket
 	s.mu.Lock()
 	s.execs = append(s.execs, x)
 	s.mu.Unlock()
@@ -304,15 +304,15 @@ func (x *execution) handler() Handler {
 // finish tells the result.
 func (x *execution) finish(code int) {
 	x.mu.Lock()
-	failing := x.failing
+	cancelled := x.killed
 	if x.lost {
 		code = x.s.Version.VMLost
 	}
 	x.mu.Unlock()
 	x.hangUp()
 	x.setExit(code)
-	if failing {
-		x.op.finish(codeFailure, "Only pending or running operations can be updated")
+	if cancelled {
+		x.op.finish(codeCancelled, "")
 		return
 	}
 	metadata := map[string]any{"return": code}
@@ -378,11 +378,7 @@ func (x *execution) await() bool {
 		x.op.finish(codeFailure, "Timed out waiting for websockets to connect")
 	case <-x.cancelled:
 		x.hangUp()
-		if x.s.Version.Delete == DeleteFails {
-			x.op.finish(codeFailure, "Only pending or running operations can be updated")
-		} else {
-			x.op.finish(codeCancelled, "")
-		}
+		x.op.finish(codeCancelled, "")
 	case <-x.gone:
 	}
 	return false
@@ -713,7 +709,7 @@ func (x *execution) cancel(style DeleteStyle) {
 			close(x.cancelled)
 		}
 	case x.sockets["control"] != nil:
-		x.failing = style == DeleteFails
+		x.killed = style == DeleteCancels
 		go x.process.deliver(9)
 	}
 }

@@ -340,9 +340,14 @@ func (s *Server) deleteFile(w http.ResponseWriter, r *http.Request) {
 	if s.Version.ForceDelete && r.Header.Get(s.Version.HeaderPrefix+"force") != "" {
 		remove = i.tree.removeAll
 	}
-	if err := remove(name); err != nil {
+	switch err := remove(name); {
+	case err == nil:
+		s.reply(w, empty)
+	case s.Version.RemoveNamed && errors.Is(err, fs.ErrNotExist):
+		s.fail(w, 404, "remove "+name+": file does not exist")
+	case s.Version.RemoveNamed && !errors.Is(err, fs.ErrPermission):
+		s.fail(w, 500, "remove "+name+": "+sftpText(err))
+	default:
 		s.failFile(w, i, name, err)
-		return
 	}
-	s.reply(w, empty)
 }

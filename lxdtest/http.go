@@ -289,14 +289,20 @@ var empty = struct{}{}
 
 // fail sends an error.
 func (s *Server) fail(w http.ResponseWriter, status int, text string) {
-	body := encode(envelope{Type: "error", ErrorCode: status, Error: text})
+	body := s.errorBody(status, text)
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
-	// The real one ends its errors with two line breaks.
-	body = append(body, '\n')
 	w.Header().Set("Content-Length", fmt.Sprint(len(body)))
 	w.WriteHeader(status)
 	_, _ = w.Write(body)
+}
+
+func (s *Server) errorBody(status int, text string) []byte {
+	body := encode(envelope{Type: "error", ErrorCode: status, Error: text})
+	if !s.Version.OneLineErrors {
+		body = append(body, '\n')
+	}
+	return body
 }
 
 // encodePlain leaves <, > and & as they are. The real server does so in answers, and not in errors and

@@ -532,6 +532,9 @@ func (s *Server) postInstance(w http.ResponseWriter, r *http.Request) {
 	case req.Source.Type != "image" && req.Source.Type != "none" && req.Source.Type != "copy":
 		s.fail(w, 400, "Unknown source type "+req.Source.Type)
 		return
+	case s.Version.EarlyDuplicate && s.findInstance(project(r), req.Name) != nil:
+		s.fail(w, 500, fmt.Sprintf("Instance %q already exists", req.Name))
+		return
 	case req.Source.Type == "image" && req.Source.Alias != "" && !s.hasAlias(req.Source.Alias) && !s.Version.LateAlias:
 		s.fail(w, 404, "Image alias not found")
 		return

@@ -176,6 +176,9 @@ func (op *operation) render(others bool) operationJSON {
 		Status: statusNames[op.status], StatusCode: op.status, Resources: op.resources, Metadata: maps.Clone(op.metadata),
 		MayCancel: op.mayCancel, Err: op.err, Location: "none",
 	}
+	if op.s.Version.CancelUntilEnd && op.status >= codeSuccess {
+		j.MayCancel = false
+	}
 	if j.Metadata == nil && op.s.Version.EmptyMetadata {
 		j.Metadata = map[string]any{}
 	}
@@ -412,7 +415,7 @@ func (s *Server) getWait(w http.ResponseWriter, r *http.Request) {
 		if !strings.HasPrefix(refusal.Text, "Command not ") { // found, or executable: these have a status of their own
 			refusal.Status = 500
 		}
-		_, _ = w.Write(append(encode(envelope{Type: "error", ErrorCode: refusal.Status, Error: refusal.Text}), '\n'))
+		_, _ = w.Write(s.errorBody(refusal.Status, refusal.Text))
 	default:
 		s.reply(w, state)
 	}
@@ -430,7 +433,7 @@ func (s *Server) deleteOperation(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	style := s.Version.Delete
-	if style == DeleteFails && op.class != "websocket" {
+	if style == DeleteCancels && op.class != "websocket" {
 		style = DeleteRefused
 	}
 	if style == DeleteRefused || op.exec == nil {

@@ -105,13 +105,13 @@ var versionRows = []struct {
 		w.do("DELETE", "/1.0/operations/"+s.id, "", "")
 		status, ret, text := s.state()
 		w.note("%s %v %s", status, ret, text)
-	}, [5]string{"Running", "Running", "Success 137", "Running", "Failure <nil> Only pending or running operations can be updated"}},
+	}, [5]string{"Running", "Running", "Success 137", "Running", "Cancelled <nil>"}},
 	{"cancel before the start", func(w *wire) {
 		s := w.shell("true")
 		w.do("DELETE", "/1.0/operations/"+s.id, "", "")
 		status, ret, text := s.state()
 		w.note("%s %v %s", status, ret, text)
-	}, [5]string{"Running", "Running", "Cancelled", "Running", "Failure"}},
+	}, [5]string{"Running", "Running", "Cancelled", "Running", "Cancelled"}},
 	{"may_cancel", func(w *wire) { w.do("POST", "/1.0/instances/INSTANCE/exec", "", ws(`["true"]`)) }, [5]string{
 		`"may_cancel":false`, `"may_cancel":false`, `"may_cancel":true`, `"may_cancel":false`, `"may_cancel":true`,
 	}},

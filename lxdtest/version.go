@@ -55,8 +55,11 @@ type Version struct {
 	NoContainers    bool // resources has instances only, but that of an exec without sockets
 	EmptyMetadata   bool // an operation that has none says {}, not null
 	EventDetails    bool // lifecycle events have requestor, name and project
+	CancelUntilEnd  bool // operations that have ended say that they may not be cancelled
+	OneLineErrors   bool // errors end with one line break, not two
 	BadEventType    int  // status of the refusal of a type of events that does not exist
 	StrictPaths     bool // an address with an empty part does not exist; otherwise clients are sent to the one without
+	EarlyDuplicate  bool // the name of an instance that exists is refused; otherwise the operation fails
 	CopyProfiles    bool // a copy that names no profiles has those of its source; otherwise it has none, and no disk
 	LateAlias       bool // an alias of an image that does not exist makes the operation fail, not the request
 	ContainersAlias bool // /1.0/containers and /1.0/virtual-machines exist
@@ -73,6 +76,7 @@ type Version struct {
 	DirMode         uint32 // of a directory that is made without a mode
 	OctalMode       bool   // "644" is octal; otherwise only "0644" is
 	ModifyPerm      bool   // X-LXD-modify-perm
+	RemoveNamed     bool   // errors of DELETE say what was to be removed
 	ForceDelete     bool   // X-Incus-force deletes trees
 	HeadLength      bool   // HEAD tells a file's length
 	StrictHeaders   bool   // uid, gid and mode that are no numbers are refused
@@ -124,7 +128,7 @@ type DeleteStyle int
 const (
 	DeleteRefused DeleteStyle = iota // 400
 	DeleteKills                      // the process is killed, the operation succeeds with 137
-	DeleteFails                      // the process is killed, the operation fails without a return code
+	DeleteCancels                    // the process is killed, the operation is cancelled and has no return code
 )
 
 // The releases that were watched. None of them is changed by this package; set
@@ -200,8 +204,10 @@ var (
 		v.Name, v.Release = "Incus 7.0.2", "7.0.2"
 		v.Extensions = extended(v.Extensions, "custom_volume_sftp", "file_storage_volume", "file_delete_force", "core_https_allowed_websocket_origin")
 		v.ConnectWindow, v.ControlMax, v.CheckOrigin = 10*time.Second, 32<<10, true
-		v.Wait, v.Delete = WaitEarly, DeleteFails
+		v.Wait, v.Delete = WaitEarly, DeleteCancels
 		v.OctalMode, v.ForceDelete, v.SFTPPacket = true, true, 128<<10
+		v.SFTPOpenMode, v.CancelUntilEnd, v.OneLineErrors, v.EarlyDuplicate, v.RemoveNamed = true, true, true, true, true
+		v.StrictPaths = false
 	})
 )
 

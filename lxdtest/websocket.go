@@ -221,7 +221,7 @@ func (s *Server) getWebsocket(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		// gorilla has answered with a line; the real one adds its own error to it.
 		if !a.hijacked && err != errRefused {
-			_, _ = a.Write(append(encode(envelope{Type: "error", ErrorCode: 500, Error: err.Error()}), '\n'))
+			_, _ = a.Write(s.errorBody(500, err.Error()))
 		}
 		return
 	}

@@ -64,6 +64,8 @@ var replacements = []struct {
 	old *regexp.Regexp
 	new string
 }{
+	// Newer releases of Go name the key.
+	{regexp.MustCompile(`(Go struct field InstanceExecPost\.environment)\.\w+ `), "$1 "},
 	{regexp.MustCompile(`[0-9a-f]{64}`), "SECRET"},
 	{regexp.MustCompile(`[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}`), "ID"},
 	{regexp.MustCompile(`\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z`), "TIME"},
