@@ -423,21 +423,24 @@ func TestVerdictOfAServerThatHangs(t *testing.T) {
 	defer all.Wait()
 	for name, c := range map[string]struct {
 		faults []lxdtest.Fault
-		cancel bool
+		cancel func(lxdtest.Exec) bool // once it has come so far
 		within time.Duration
 	}{
 		"from the sockets on":                        {faults: []lxdtest.Fault{websocket("1", lxdtest.OnRequest, lxdtest.Stall), wait, operation, again}, within: 5 * silence},
 		"from the sockets on, but for the operation": {faults: []lxdtest.Fault{websocket("1", lxdtest.OnRequest, lxdtest.Stall), again}, within: 13 * silence},
-		"from the sockets on, and ctx ends":          {faults: []lxdtest.Fault{websocket("1", lxdtest.OnRequest, lxdtest.Stall), again}, cancel: true, within: 4 * silence},
+		"from the sockets on, and ctx ends":          {faults: []lxdtest.Fault{websocket("1", lxdtest.OnRequest, lxdtest.Stall), again}, cancel: func(e lxdtest.Exec) bool { return e.Dials["0"] > 0 }, within: 4 * silence},
 		"from the command on":                        {faults: []lxdtest.Fault{wait, operation, again}, within: 5 * silence},
-		"from the command on, and ctx ends":          {faults: []lxdtest.Fault{wait, operation, again}, cancel: true, within: 5 * silence},
+		"from the command on, and ctx ends":          {faults: []lxdtest.Fault{wait, operation, again}, cancel: func(e lxdtest.Exec) bool { return e.Started }, within: 5 * silence},
 	} {
 		s := fake(t, true, commands, func(v *lxdtest.Version) { v.ConnectWindow = 4 * patience })
 		s.Inject(c.faults...)
 		host := newLXD(t, connect(t, s), "c1", &transport.LXDOptions{Liveness: silence})
 		ctx, cancel := context.WithCancel(soon(t))
-		if c.cancel {
-			ctx, cancel = context.WithTimeout(soon(t), time.Second)
+		if c.cancel != nil {
+			all.Go(func() {
+				assert.Eventually(t, func() bool { return slices.ContainsFunc(s.Execs(), c.cancel) }, patience, 5*time.Millisecond, name)
+				cancel()
+			})
 		}
 		all.Go(func() {
 			defer cancel()
