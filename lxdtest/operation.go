@@ -377,18 +377,12 @@ func (s *Server) getWait(w http.ResponseWriter, r *http.Request) {
 		defer cancel()
 		ctx = c
 	}
-	s.mu.Lock()
-	s.waits++
-	s.mu.Unlock()
-	defer func() {
-		if a := w.(*answer); a.wrote {
-			a.flush()
-		}
+	if c, ok := r.Context().Value(connKey{}).(*conn); ok && c != nil {
 		s.mu.Lock()
-		s.waits--
+		c.waiting = true
+		s.waits++
 		s.mu.Unlock()
-		s.answered.Broadcast()
-	}()
+	}
 	timedOut := false
 	select {
 	case <-op.done:

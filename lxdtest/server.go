@@ -136,6 +136,7 @@ func (s *Server) serve(l net.Listener, url string) {
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			return context.WithValue(ctx, connKey{}, tracked(c))
 		},
+		ConnState: s.told,
 	}
 	if s.ErrorLog == nil {
 		// What net/http reports here are clients that broke off: in tests that is the subject.
@@ -386,6 +387,22 @@ type conn struct {
 	gone   chan struct{}
 	mute   atomic.Bool // nothing is sent any more
 	early  []byte      // was read before the connection was accepted
+
+	waiting bool // for the answer about an operation; guarded by s.mu
+}
+
+// told notes that an answer has been sent to its last byte: only then does the connection become idle, or close.
+func (s *Server) told(nc net.Conn, state http.ConnState) {
+	if state != http.StateIdle && state != http.StateClosed {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c := tracked(nc); c != nil && c.waiting {
+		c.waiting = false
+		s.waits--
+		s.answered.Broadcast()
+	}
 }
 
 func (c *conn) Read(p []byte) (int, error) {
