@@ -9,7 +9,7 @@
 // operations, the WebSockets of a command with their frames, sizes and abrupt ends, events, and
 // SFTP behind an upgrade. The official Go client, the lxc command and package
 // transport connect to it as to a real daemon. A [Version] says which release is acted; the differences
-// were taken from running servers, and a differential test holds the default one against a real LXD.
+// were taken from running servers, and a differential test holds the default one against a real LXD, and those of Incus against a real Incus.
 //
 // Commands are handlers, func(*[Process]) int; [LocalCommands] is one that runs real
 // commands of the machine. A [Fault] makes something go wrong: at a kind of request or socket, at a moment of
