@@ -83,7 +83,7 @@ func TestDifferential(t *testing.T) {
 }
 
 // TestDifferentialOnIncus is TestDifferential for the Incus that scripts/incus runs, where it is a release that the fake knows: over the unix socket or
-// over HTTPS, by chance, or with TRANSPORT_SLOW_TESTS=1 both.
+// over HTTPS, by chance, or with TRANSPORT_SLOW_TESTS=1 both. It is for a machine that does nothing else: Incus gives what a command has left behind one second.
 func TestDifferentialOnIncus(t *testing.T) {
 	version, ways := realIncus(t)
 	if os.Getenv("TRANSPORT_SLOW_TESTS") == "" {
