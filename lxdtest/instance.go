@@ -463,13 +463,13 @@ func (s *Server) getNothing(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// background starts an operation that is done by f.
-func (s *Server) background(w http.ResponseWriter, r *http.Request, description string, i *instance, both bool, f func() error) {
+// background starts an operation that is done by f, which is told who has asked for it.
+func (s *Server) background(w http.ResponseWriter, r *http.Request, description string, i *instance, both bool, f func(by *requestorJSON) error) {
 	op := s.newOperation(r, "task", description, i, both, nil)
 	state := op.render(false)
 	op.born()
 	s.spawn("operation "+op.id+" ("+description+")", func() {
-		if err := f(); err != nil {
+		if err := f(op.by); err != nil {
 			op.finish(codeFailure, err.Error())
 			return
 		}
@@ -548,12 +548,12 @@ func (s *Server) postInstance(w http.ResponseWriter, r *http.Request) {
 	}
 	wanted := Instance{Name: req.Name, Project: project(r), Type: req.Type, Status: Stopped, Ephemeral: req.Ephemeral, Config: req.Config}
 	shell := &instance{Instance: wanted, s: s, model: model}
-	s.background(w, r, "Creating instance", shell, true, func() error {
+	s.background(w, r, "Creating instance", shell, true, func(by *requestorJSON) error {
 		if model != nil {
 			if !s.Version.CopyProfiles && len(req.Profiles) == 0 && len(req.Devices) == 0 {
 				return errors.New("Failed creating instance record: Failed initialising instance: Failed getting root disk: No root device could be found")
 			}
-			return s.copyInstance(r, model, wanted)
+			return s.copyInstance(by, model, wanted)
 		}
 		unknown := image != "" && !s.hasImage(image)
 		if alias := req.Source.Alias; alias != "" {
@@ -566,17 +566,17 @@ func (s *Server) postInstance(w http.ResponseWriter, r *http.Request) {
 		if err != nil {
 			return errors.New("Failed creating instance record: " + err.Error())
 		}
-		s.lifecycle(s.requestorOf(r), "instance-created", i, nil)
+		s.lifecycle(by, "instance-created", i, nil)
 		if req.Start {
 			i.set(Running)
-			s.lifecycle(s.requestorOf(r), "instance-started", i, nil)
+			s.lifecycle(by, "instance-started", i, nil)
 		}
 		return nil
 	})
 }
 
 // copyInstance makes an instance with the configuration and the files of another one. What is wanted wins.
-func (s *Server) copyInstance(r *http.Request, model *instance, wanted Instance) error {
+func (s *Server) copyInstance(by *requestorJSON, model *instance, wanted Instance) error {
 	model.mu.Lock()
 	config, image := maps.Clone(model.Config), model.image
 	model.mu.Unlock()
@@ -589,7 +589,7 @@ func (s *Server) copyInstance(r *http.Request, model *instance, wanted Instance)
 	if err := os.CopyFS(i.Root, model.tree.root.FS()); err != nil {
 		return errors.New("Failed creating instance from copy: " + err.Error())
 	}
-	s.lifecycle(s.requestorOf(r), "instance-created", i, nil)
+	s.lifecycle(by, "instance-created", i, nil)
 	return nil
 }
 
@@ -610,7 +610,7 @@ func (s *Server) putInstance(w http.ResponseWriter, r *http.Request) {
 	if !s.read(w, r, &req) {
 		return
 	}
-	change := func() error {
+	change := func(by *requestorJSON) error {
 		i.mu.Lock()
 		if r.Method == "PUT" {
 			i.Config = map[string]string{}
@@ -627,11 +627,11 @@ func (s *Server) putInstance(w http.ResponseWriter, r *http.Request) {
 			}
 		}
 		i.mu.Unlock()
-		s.lifecycle(s.requestorOf(r), "instance-updated", i, nil)
+		s.lifecycle(by, "instance-updated", i, nil)
 		return nil
 	}
 	if r.Method == "PATCH" {
-		_ = change()
+		_ = change(s.requestorOf(r))
 		s.reply(w, empty)
 		return
 	}
@@ -689,14 +689,14 @@ func (s *Server) putState(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, 400, "Unknown action: '"+req.Action+"'")
 		return
 	}
-	s.background(w, r, st.description, i, false, func() error {
+	s.background(w, r, st.description, i, false, func(by *requestorJSON) error {
 		if err := st.f(); err != nil {
 			return err
 		}
-		s.lifecycle(s.requestorOf(r), st.event, i, nil)
+		s.lifecycle(by, st.event, i, nil)
 		if req.Action == "stop" && i.Ephemeral {
 			s.remove(i)
-			s.lifecycle(s.requestorOf(r), "instance-deleted", i, nil)
+			s.lifecycle(by, "instance-deleted", i, nil)
 		}
 		return nil
 	})
@@ -734,9 +734,9 @@ func (s *Server) deleteInstance(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, 400, "Instance is running")
 		return
 	}
-	s.background(w, r, "Deleting instance", i, true, func() error {
+	s.background(w, r, "Deleting instance", i, true, func(by *requestorJSON) error {
 		s.remove(i)
-		s.lifecycle(s.requestorOf(r), "instance-deleted", i, nil)
+		s.lifecycle(by, "instance-deleted", i, nil)
 		return nil
 	})
 }
