@@ -440,12 +440,8 @@ func verdictOf(err error) string {
 	if code, exited := transport.ExitCode(err); exited {
 		all = append(all, fmt.Sprintf("exit %d", code))
 	}
-	for _, known := range []error{transport.ErrNotStarted, transport.ErrOutputLost, transport.ErrNotRunning, transport.ErrNoHost, transport.ErrUnauthorized, context.Canceled} {
-		if errors.Is(err, known) {
-			all = append(all, strings.TrimPrefix(known.Error(), "transport: "))
-		}
-	}
-	for _, known := range []error{fs.ErrNotExist, fs.ErrPermission, syscall.EISDIR, transport.ErrLimit, errOfSource} {
+	for _, known := range []error{transport.ErrNotStarted, transport.ErrOutputLost, transport.ErrNotRunning, transport.ErrNoHost, transport.ErrUnauthorized, context.Canceled,
+		fs.ErrNotExist, fs.ErrPermission, syscall.EISDIR, transport.ErrLimit, errOfSource} {
 		if errors.Is(err, known) {
 			all = append(all, strings.TrimPrefix(known.Error(), "transport: "))
 		}

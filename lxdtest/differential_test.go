@@ -21,8 +21,8 @@ import (
 func TestTraces(t *testing.T) {
 	t.Parallel()
 	ways := map[string]bool{"unix": false, "https": true}
-	if reallxd.Available() && os.Getenv("TRANSPORT_SLOW_TESTS") == "" {
-		delete(ways, []string{"unix", "https"}[rand.IntN(2)])
+	if reallxd.Available() {
+		oneWay(ways)
 	}
 	for name, https := range ways {
 		for _, c := range scenarios {
@@ -86,10 +86,15 @@ func TestDifferential(t *testing.T) {
 // over HTTPS, by chance, or with TRANSPORT_SLOW_TESTS=1 both. It is for a machine that does nothing else: Incus gives what a command has left behind one second.
 func TestDifferentialOnIncus(t *testing.T) {
 	version, ways := realIncus(t)
+	oneWay(ways)
+	differs(t, version, ways)
+}
+
+// oneWay leaves one of the ways, by chance, or with TRANSPORT_SLOW_TESTS=1 both.
+func oneWay[T any](ways map[string]T) {
 	if os.Getenv("TRANSPORT_SLOW_TESTS") == "" {
 		delete(ways, []string{"unix", "https"}[rand.IntN(2)])
 	}
-	differs(t, version, ways)
 }
 
 // realIncus are wires to the Incus that scripts/incus runs, and what the fake calls its release.
@@ -98,6 +103,7 @@ func realIncus(t *testing.T) (lxdtest.Version, map[string]*wire) {
 	variable := func(name string) string { return os.Getenv(strings.Replace(name, "_LXD_", "_INCUS_", 1)) }
 	ways := map[string]*wire{"unix": unixWire(t, variable), "https": tlsWire(t, variable)}
 	_, b := ways["unix"].get("GET", "/1.0", "", "")
+	require.NotEmpty(t, b, "Incus does not answer")
 	for _, v := range []lxdtest.Version{lxdtest.Incus6, lxdtest.Incus7} {
 		if strings.Contains(string(b), `"server_version":"`+v.Release+`"`) {
 			for _, w := range ways {
